@@ -24,10 +24,23 @@ _CHOICES = {
     "pooling": ("mean", "cls"),
 }
 _POSITIVE = (
-    "vocab_size hidden_size num_layers num_loops num_heads retention_heads ode_steps num_experts top_k_experts "
-    "factorized_embedding_dim embedding_conv_kernel mamba_state_size mamba_head_dim mamba_expand mamba_conv_kernel "
-    "titan_chunk_size"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_loops",
+    "num_heads",
+    "retention_heads",
+    "ode_steps",
+    "num_experts",
+    "top_k_experts",
+    "factorized_embedding_dim",
+    "embedding_conv_kernel",
+    "mamba_state_size",
+    "mamba_head_dim",
+    "mamba_expand",
+    "mamba_conv_kernel",
+    "titan_chunk_size",
+)
 
 
 @dataclass(frozen=True)
@@ -156,9 +169,10 @@ class UltraConfig:
                     f"use e.g. {name}={best}"
                 )
         if self.mamba_inner_size % self.mamba_head_dim:
+            good = next(d for d in (64, 48, 32, 16, 8, 4, 2) if self.mamba_inner_size % d == 0)
             raise ConfigError(
                 f"mamba_head_dim is {self.mamba_head_dim}; it must divide mamba_expand x hidden_size = "
-                f"{self.mamba_inner_size}, e.g. {next(d for d in (64, 48, 32, 16, 8, 4, 2) if self.mamba_inner_size % d == 0)}"
+                f"{self.mamba_inner_size}, e.g. {good}"
             )
 
     @property

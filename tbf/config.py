@@ -1,0 +1,276 @@
+"""One run's configuration: model + data + train sections, from a YAML preset plus `--set section.key=value`.
+
+The preset owns the model, the data, the schedule and the run length; the ds_config owns what DeepSpeed owns. Numbers
+that both need (micro batch, accumulation, clipping, AdamW's) live here and reach the ds_config through its "auto".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from tbf.errors import ConfigError, nearest
+from tbf.model.config import UltraConfig
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how rows and masks are made of it."""
+
+    source: str = "sample"
+    """`sample`, `hf:NAME[:split[:column]]`, or a file, folder or glob of parquet, jsonl or txt."""
+    tokenizer: str = ""
+    """Folder or .model file; empty: one is trained on the source at first use."""
+    vocab_size: int = 0
+    """Of a tokenizer trained at first use; 0: 4,096 for the embedded sample, 50,000 otherwise."""
+    seq_len: int = 512
+    """Tokens a row; documents are packed into rows and never see each other."""
+    mask_rate: float = 0.3
+    mask_token_share: float = 0.8
+    """Of the masked positions: replaced by [MASK]. The rest of 1 after `random_token_share` is kept as it is."""
+    random_token_share: float = 0.1
+    validation_share: float = 0.05
+    """Share of the documents, by hash, held out for evaluation."""
+    cache_dir: str = ""
+    """Shards and trained tokenizers; empty: ~/.cache/tbf."""
+    num_workers: int = 1
+    """Processes that tokenise, and that prepare rows ahead of the training thread (0: none)."""
+    disk_budget_gb: float = 300.0
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len >= 8, "data.seq_len", self.seq_len, "at least 8 tokens")
+        _require(0.0 < self.mask_rate < 1.0, "data.mask_rate", self.mask_rate, "between 0 and 1, e.g. 0.3")
+        shares = self.mask_token_share + self.random_token_share
+        _require(
+            min(self.mask_token_share, self.random_token_share) >= 0 and shares <= 1 + 1e-9,
+            "data.mask_token_share + data.random_token_share",
+            shares,
+            "at most 1, e.g. 0.8 and 0.1",
+        )
+        _require(0.0 < self.validation_share < 0.5, "data.validation_share", self.validation_share, "e.g. 0.05")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        _require(self.vocab_size >= 0, "data.vocab_size", self.vocab_size, "0 (automatic) or the number of tokens")
+        _require(bool(self.source), "data.source", self.source, "sample, hf:NAME or a path")
+
+    @property
+    def wanted_vocab_size(self) -> int:
+        return self.vocab_size or (4096 if self.source == "sample" else 50_000)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Schedule, optimizer and bookkeeping of a run."""
+
+    seed: int = 0
+    max_steps: int = 1000
+    micro_batch_size: int = 8
+    """Rows per rank and micro-step; reaches the ds_config's `train_micro_batch_size_per_gpu: "auto"`."""
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    """Peak; warm-up, stable and decay phases follow (WSD)."""
+    warmup_steps: int = 50
+    decay_share: float = 0.3
+    """Last share of the run in which the rate falls by 1 - sqrt (ModernBERT, 2412.13663)."""
+    min_lr_ratio: float = 0.01
+    weight_decay: float = 0.1
+    two_stage_weight_decay: bool = False
+    """BitNet's recipe (2402.17764): no weight decay in the second half of the run."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    adam_eps: float = 1e-8
+    gradient_clipping: float = 1.0
+    eval_every: int = 100
+    eval_rows: int = 64
+    save_every: int = 500
+    keep_last: int = 2
+    keep_best: int = 1
+    log_every: int = 10
+    max_bad_steps: int = 3
+    """Consecutive non-finite steps after which the run halts with an emergency dump (exit 6)."""
+    export_at_end: bool = True
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "tbf"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_steps",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "eval_every",
+            "eval_rows",
+            "save_every",
+            "log_every",
+            "max_bad_steps",
+        ):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0, e.g. 1e-3")
+        _require(self.gradient_clipping > 0, "train.gradient_clipping", self.gradient_clipping, "above 0, e.g. 1.0")
+        _require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
+        _require(0.0 <= self.decay_share <= 1.0, "train.decay_share", self.decay_share, "between 0 and 1, e.g. 0.3")
+        _require(0.0 <= self.min_lr_ratio <= 1.0, "train.min_lr_ratio", self.min_lr_ratio, "between 0 and 1")
+        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more, e.g. 0.1")
+        _require(self.keep_last >= 2, "train.keep_last", self.keep_last, "at least 2: the newest may be cut short")
+        _require(self.keep_best >= 0, "train.keep_best", self.keep_best, "0 or more")
+        for name in ("beta1", "beta2"):
+            _require(0.0 <= getattr(self, name) < 1.0, f"train.{name}", getattr(self, name), "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers, except what the ds_config owns."""
+
+    preset: str = "custom"
+    model: UltraConfig = field(default_factory=UltraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "preset": self.preset,
+            "model": self.model.to_dict(),
+            "data": dataclasses.asdict(self.data),
+            "train": dataclasses.asdict(self.train),
+        }
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def replace(self, *, model: Mapping = {}, data: Mapping = {}, train: Mapping = {}) -> RunConfig:
+        """Returns a copy with fields of its sections changed."""
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, **model),
+            data=dataclasses.replace(self.data, **data),
+            train=dataclasses.replace(self.train, **train),
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of what a checkpoint shares with the run that resumes it: architecture, data order and seed."""
+        data = {key: getattr(self.data, key) for key in ("source", "seq_len", "mask_rate", "validation_share")}
+        parts = {"model": self.model.to_dict(), "data": data, "seed": self.train.seed}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def preset_names() -> list[str]:
+    """Names that `--preset` accepts besides a YAML file."""
+    return sorted(f.name[: -len(".yaml")] for f in resources.files("tbf.presets").iterdir() if f.name.endswith(".yaml"))
+
+
+def load_run_config(preset: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a preset by name or YAML file and applies `section.key=value` overrides.
+
+    Raises ConfigError on a missing or malformed file, an unknown key (naming the nearest valid one) or a bad value.
+    """
+    name, text, where = _read_preset(preset)
+    try:
+        raw = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} holds a {type(raw).__name__}; expected the sections model, data and train")
+    sections: dict[str, dict[str, Any]] = {"model": {}, "data": {}, "train": {}}
+    for key, values in raw.items():
+        if key == "preset":
+            name = str(values)
+        elif key not in sections:
+            raise ConfigError(f"{where}: unknown section '{key}'; {nearest(str(key), [*sections, 'preset'])}")
+        elif not isinstance(values, dict):
+            raise ConfigError(f"{where}: section '{key}' holds {values!r}; expected keys and values")
+        else:
+            sections[key].update(values)
+    for override in overrides:
+        section, key, value = _parse_override(override, sections)
+        sections[section][key] = value
+    _settle_vocabulary(sections, where)
+    return RunConfig(
+        preset=name,
+        model=_build(UltraConfig, "model", sections["model"], where),
+        data=_build(DataConfig, "data", sections["data"], where),
+        train=_build(TrainConfig, "train", sections["train"], where),
+    )
+
+
+def _settle_vocabulary(sections: dict[str, dict[str, Any]], where: str) -> None:
+    """The tokenizer decides the vocabulary, so a size given for the model is a wish to it, and may not contradict."""
+    model_size, data_size = sections["model"].get("vocab_size"), sections["data"].get("vocab_size")
+    if model_size and data_size and model_size != data_size:
+        raise ConfigError(f"{where}: model.vocab_size {model_size} contradicts data.vocab_size {data_size}; keep one")
+    if model_size and not data_size:
+        sections["data"]["vocab_size"] = model_size
+
+
+def _read_preset(preset: str) -> tuple[str, str, str]:
+    if preset in preset_names():
+        return preset, (resources.files("tbf.presets") / f"{preset}.yaml").read_text("utf-8"), f"preset '{preset}'"
+    path = Path(preset)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"no preset '{preset}'; {nearest(preset, preset_names())} (or give a .yaml file)")
+    try:
+        return path.stem, path.read_text("utf-8"), f"preset file {path}"
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read preset file {path}: {error}; shipped presets: {', '.join(preset_names())}"
+        ) from None
+
+
+def _parse_override(text: str, sections: Mapping[str, Any]) -> tuple[str, str, Any]:
+    path, equals, value = text.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not equals or not dot:
+        raise ConfigError(f"--set {text}: expected section.key=value, e.g. --set train.max_steps=200")
+    if section not in sections:
+        raise ConfigError(f"--set {text}: unknown section '{section}'; {nearest(section, sections)}")
+    try:
+        return section, key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text}: '{value}' is not a YAML value") from None
+
+
+def _build(cls: type[Section], section: str, values: Mapping[str, Any], where: str) -> Section:
+    """Builds one section, refusing unknown keys and values of another type than the field's default."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    checked = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key '{section}.{key}'; {nearest(str(key), fields)}")
+        checked[key] = _convert(value, fields[key].default, f"{where}: {section}.{key}")
+    return cls(**checked)
+
+
+def _convert(value: Any, default: Any, where: str) -> Any:
+    """YAML reads `1e-3` as text and 1 as int: accepts both where a float is due; refuses anything else."""
+    if isinstance(default, bool):
+        ok, kind = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        ok, kind = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    elif isinstance(default, float):
+        kind = "a number"
+        try:
+            ok, value = not isinstance(value, bool), float(value)
+        except (TypeError, ValueError):
+            ok = False
+    elif isinstance(default, str):
+        ok, kind = isinstance(value, str), "text"
+    elif isinstance(default, tuple):
+        ok, kind = isinstance(value, list | tuple), "a list"
+    else:  # ffn_hidden_size: a number or nothing
+        ok, kind = value is None or (isinstance(value, int) and not isinstance(value, bool)), "a whole number or null"
+    if not ok:
+        raise ConfigError(f"{where} is {value!r}; expected {kind}")
+    return value
+
+
+def _require(condition: bool, name: str, value: Any, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}; it must be {rule}")
