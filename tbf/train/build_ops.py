@@ -1,0 +1,125 @@
+"""Builds DeepSpeed's host operators once per machine, so that no run meets a compiler, or a dead build's lock, midway.
+
+    python -m tbf.train.build_ops
+
+The cache is keyed by torch, Python and processor (`-march=native` code crashes on another one). A build that was
+killed leaves torch's `lock` file behind, on which every later run would wait for ever; ours is an flock, which dies
+with its process, and whoever holds it may delete the stale one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tbf.errors import run_program
+
+CPU_ADAM, SHARED_MEMORY_COMM = "CPUAdamBuilder", "ShareMemCommBuilder"
+
+
+def extensions_dir() -> Path:
+    """The cache folder of compiled operators; TORCH_EXTENSIONS_DIR overrides it."""
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    import torch
+
+    machine = hashlib.sha256(_processor().encode()).hexdigest()[:8]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tbf" / "torch_extensions"
+    return root / f"torch{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}-{machine}".replace("+", "-")
+
+
+def prepare_ops(needs_cpu_adam: bool, say=print) -> bool:
+    """Builds or loads what this run needs. Returns whether the fused host Adam is usable.
+
+    Every local rank calls it before the process group starts; the first one in builds while the others wait.
+    """
+    directory = extensions_dir()
+    directory.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(directory)
+    _put_ninja_on_path()
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    with _exclusive(directory / "tbf-build.flock"):
+        for stale in directory.glob("*/lock"):
+            stale.unlink()
+        adam = not needs_cpu_adam or _build(CPU_ADAM, compiler, say)
+        if os.environ.get("DS_ACCELERATOR") == "cpu" and not _build(SHARED_MEMORY_COMM, compiler, say):
+            _disable_shared_memory_comm()
+    return adam
+
+
+def _build(builder_name: str, compiler: str | None, say) -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(builder_name)
+    if compiler is None:
+        say(f"{builder.NAME}: no C++ compiler found (install g++, or set CXX); going on without it")
+        return False
+    fresh = not list((extensions_dir() / builder.NAME).glob("*.so"))
+    if fresh:
+        say(f"building {builder.NAME} once for this machine (one to three minutes) ...")
+    started, output = time.monotonic(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            builder.load(verbose=False)
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[-1]
+        say(f"{builder.NAME}: the build failed ({reason}); going on without it")
+        return False
+    if fresh:
+        say(f"built {builder.NAME} in {time.monotonic() - started:.0f} s")
+    return True
+
+
+def _disable_shared_memory_comm() -> None:
+    """DeepSpeed's CPU backend loads this operator unconditionally when it thinks it can, and dies if it can't.
+
+    Its public table of compatible operators is the only switch; without it gloo carries the collectives.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _put_ninja_on_path() -> None:
+    """ninja comes as a Python package, so it lies beside the interpreter even when its folder is not on PATH."""
+    beside = Path(sys.executable).parent
+    if shutil.which("ninja") is None and (beside / "ninja").exists():
+        os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+
+
+def main() -> int:
+    """Builds everything a first run would need; always leaves 0, since every operator has a slower stand-in."""
+    from tbf.train.environment import choose_accelerator
+
+    choose_accelerator()
+    prepare_ops(needs_cpu_adam=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

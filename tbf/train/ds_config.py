@@ -1,0 +1,203 @@
+"""Reads a ds_config, fills its "auto" values from the run configuration and refuses contradictions.
+
+The ds_config owns everything DeepSpeed owns; "auto" (the convention users of Hugging Face know) takes the preset's
+value, an explicit value wins over the preset, and two explicit values that contradict each other are an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tbf.config import RunConfig
+from tbf.errors import ConfigError, nearest
+
+GRANULARITIES = ("none", "layer", "loop")
+
+_CHECKPOINTING_KEYS = {
+    "granularity",
+    "cpu_checkpointing",
+    "partition_activations",
+    "contiguous_memory_optimization",
+    "number_checkpoints",
+    "synchronize_checkpoint_boundary",
+    "profile",
+}
+_HALF_PRECISION = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")
+
+
+@dataclass(frozen=True)
+class ActivationCheckpointing:
+    """What the ds_config's `activation_checkpointing` block asks for."""
+
+    granularity: str = "none"
+    cpu_offload: bool = False
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """A resolved ds_config and the parts of it that the trainer acts on."""
+
+    config: dict[str, Any]
+    stage: int
+    offload_optimizer: bool
+    checkpointing: ActivationCheckpointing
+
+    @property
+    def needs_cpu_adam(self) -> bool:
+        params = self.config["optimizer"]["params"]
+        return self.offload_optimizer and not params.get("torch_adam", False)
+
+
+def load_ds_config(
+    path: str | Path, run: RunConfig, world_size: int, explicit: Collection[str] = ()
+) -> tuple[EngineConfig, RunConfig]:
+    """Resolves the ds_config at `path` for this run and number of ranks.
+
+    Returns it with the run configuration that now holds the values in force. `explicit` names the train keys that the
+    user set on the command line: where one differs from an explicit value of the ds_config, ConfigError.
+    """
+    raw, where = _read(Path(path)), str(path)
+    _refuse_half_precision(raw, where)
+    run = _with_explicit_values(raw, run, where, explicit)
+    train = run.train
+    config = {
+        **raw,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "gradient_clipping": train.gradient_clipping,
+        "optimizer": _optimizer(raw.get("optimizer", {}), run),
+    }
+    total = train.micro_batch_size * train.gradient_accumulation_steps * world_size
+    if raw.get("train_batch_size", "auto") not in ("auto", total):
+        raise ConfigError(
+            f"{where}: train_batch_size {raw['train_batch_size']} contradicts micro batch {train.micro_batch_size} x "
+            f'accumulation {train.gradient_accumulation_steps} x {world_size} ranks = {total}; make it "auto"'
+        )
+    config["train_batch_size"] = total
+    if "scheduler" in raw:
+        raise ConfigError(f"{where}: remove 'scheduler'; the preset's train section owns the learning-rate schedule")
+    zero = raw.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (1, 2, 3):
+        raise ConfigError(
+            f"{where}: zero_optimization.stage is {zero.get('stage', 0)!r}; use 1, 2 or 3 (stage 0 applies non-finite "
+            "updates in FP32)"
+        )
+    offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    config["activation_checkpointing"], checkpointing = _checkpointing(raw.get("activation_checkpointing"), where)
+    return EngineConfig(_without_auto(config, where), zero["stage"], offload, checkpointing), run
+
+
+def _with_explicit_values(raw: dict[str, Any], run: RunConfig, where: str, explicit: Collection[str]) -> RunConfig:
+    """Every value that the ds_config states takes the place of the preset's."""
+    optimizer = raw.get("optimizer", {})
+    if optimizer.get("type", "AdamW") != "AdamW":
+        raise ConfigError(f"{where}: optimizer.type is {optimizer['type']!r}; tbf trains with AdamW")
+    params = optimizer.get("params", {})
+    if "max_grad_norm" in params:
+        raise ConfigError(f"{where}: optimizer.params.max_grad_norm is not DeepSpeed's; use gradient_clipping")
+    stated = {
+        "micro_batch_size": ("train_micro_batch_size_per_gpu", raw.get("train_micro_batch_size_per_gpu", "auto")),
+        "gradient_accumulation_steps": (
+            "gradient_accumulation_steps",
+            raw.get("gradient_accumulation_steps", "auto"),
+        ),
+        "gradient_clipping": ("gradient_clipping", raw.get("gradient_clipping", "auto")),
+        "learning_rate": ("optimizer.params.lr", params.get("lr", "auto")),
+        "weight_decay": ("optimizer.params.weight_decay", params.get("weight_decay", "auto")),
+        "adam_eps": ("optimizer.params.eps", params.get("eps", "auto")),
+    }
+    betas = params.get("betas", "auto")
+    if betas != "auto":
+        if not isinstance(betas, list) or len(betas) != 2:
+            raise ConfigError(f"{where}: optimizer.params.betas is {betas!r}; give two numbers, e.g. [0.9, 0.98]")
+        stated |= {f"beta{i + 1}": (f"optimizer.params.betas[{i}]", value) for i, value in enumerate(betas)}
+    changes = {}
+    for name, (key, value) in stated.items():
+        if value == "auto":
+            continue
+        ours = getattr(run.train, name)
+        if isinstance(value, bool) or not isinstance(value, type(ours) if isinstance(ours, int) else (int, float)):
+            raise ConfigError(f'{where}: {key} is {value!r}; give a {type(ours).__name__}, or "auto"')
+        if name in explicit and value != ours:
+            raise ConfigError(
+                f'{where}: {key} is {value}, but train.{name}={ours} was set; make the ds_config\'s "auto" or drop --set'
+            )
+        changes[name] = value
+    return run.replace(train=changes)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        shipped = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json"))) or "none in ./ds_configs"
+        raise ConfigError(f"no ds_config at {path}; shipped ones: {shipped}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read ds_config {path}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a JSON {type(raw).__name__}; expected an object of DeepSpeed settings")
+    return raw
+
+
+def _optimizer(block: dict[str, Any], run: RunConfig) -> dict[str, Any]:
+    train = run.train
+    resolved = {
+        **block.get("params", {}),
+        "lr": train.learning_rate,
+        "betas": [train.beta1, train.beta2],
+        "eps": train.adam_eps,
+        "weight_decay": train.weight_decay,
+    }
+    return {"type": "AdamW", "params": resolved}
+
+
+def _refuse_half_precision(raw: dict[str, Any], where: str) -> None:
+    for key in _HALF_PRECISION:
+        block = raw.get(key)
+        if block is not None and (not isinstance(block, dict) or block.get("enabled", True)):
+            raise ConfigError(
+                f"{where}: '{key}' is on; tbf trains in FP32 with ternary INT8 products: remove the block"
+            )
+
+
+def _checkpointing(block: dict[str, Any] | None, where: str) -> tuple[dict[str, Any], ActivationCheckpointing]:
+    """The block switches checkpointing on; tbf applies it itself, since DeepSpeed's own is reentrant and would fire a
+    looped layer's gradient hook once per visit (ZeRO-2 aborts on that, ZeRO-3 computes wrong gradients silently).
+    """
+    if block is None:
+        return {}, ActivationCheckpointing()
+    for key in block:
+        if key not in _CHECKPOINTING_KEYS:
+            raise ConfigError(
+                f"{where}: unknown key 'activation_checkpointing.{key}'; {nearest(key, _CHECKPOINTING_KEYS)}"
+            )
+    for key in ("partition_activations", "contiguous_memory_optimization"):
+        if block.get(key):
+            raise ConfigError(
+                f"{where}: activation_checkpointing.{key} needs model parallelism, which tbf has not; remove it"
+            )
+    granularity = block.get("granularity", "layer")
+    if granularity not in GRANULARITIES:
+        raise ConfigError(
+            f"{where}: activation_checkpointing.granularity is {granularity!r}; choose {', '.join(GRANULARITIES)}"
+        )
+    ours = {key: value for key, value in block.items() if key != "granularity"}
+    return ours, ActivationCheckpointing(granularity, bool(block.get("cpu_checkpointing", False)))
+
+
+def _without_auto(config: dict[str, Any], where: str, path: str = "") -> dict[str, Any]:
+    """A remaining "auto" names a key for which the preset has no value."""
+    for key, value in config.items():
+        if value == "auto":
+            raise ConfigError(f"{where}: '{path}{key}' is \"auto\", but the preset has no value for it; write a number")
+        if isinstance(value, dict):
+            _without_auto(value, where, f"{path}{key}.")
+    return config

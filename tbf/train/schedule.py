@@ -1,0 +1,27 @@
+"""Learning rate and weight decay as pure functions of the step, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import math
+
+from tbf.config import TrainConfig
+
+
+def learning_rate(step: int, train: TrainConfig) -> float:
+    """Warm-up, stable, decay (WSD): linear rise, constant peak, then 1 - sqrt down to `min_lr_ratio` of the peak.
+
+    `step` counts from 0; the 1 - sqrt form is the one of ModernBERT (arXiv 2412.13663) and 2405.18392.
+    """
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    decay_steps = round(train.decay_share * train.max_steps)
+    left = train.max_steps - step
+    if left >= decay_steps or decay_steps == 0:
+        return train.learning_rate
+    progress = 1.0 - max(left, 0) / decay_steps
+    return train.learning_rate * max(train.min_lr_ratio, 1.0 - math.sqrt(progress))
+
+
+def weight_decay(step: int, train: TrainConfig) -> float:
+    """The decay of matrices; 0 in the second half under the two-stage recipe of BitNet b1.58 (arXiv 2402.17764)."""
+    return 0.0 if train.two_stage_weight_decay and 2 * step >= train.max_steps else train.weight_decay
