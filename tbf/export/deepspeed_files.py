@@ -1,0 +1,301 @@
+"""Reads DeepSpeed checkpoint folders without DeepSpeed (layout of 0.19: ZeRO-1, -2 and -3, any number of ranks).
+
+A folder holds `*_model_states.pt` (module, shapes, counters) and one `*_optim_states.pt` per rank (FP32 masters and
+moments). Files are opened with `weights_only=True` and memory-mapped: opening a folder reads no weights, and a
+pickle that names anything beyond tensors and the three classes of `ALLOWED_CLASSES` is refused before it can run.
+
+The same weights can be put together in two ways that share neither code nor, for ZeRO-1 and -2, files:
+`DeepSpeedCheckpoint.weights` and `DeepSpeedCheckpoint.reference_weights`.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tbf.errors import CheckpointError
+
+
+class ZeroStage(int, enum.Enum):
+    """Stands in for DeepSpeed's enum while a file is read."""
+
+    DISABLED = 0
+    OPTIMIZER = 1
+    GRADIENTS = 2
+    WEIGHTS = 3
+
+
+class Fragment:
+    """Stands in for DeepSpeed's fragment_address (attributes `start`, `numel`)."""
+
+
+class LossScale:
+    """Stands in for DeepSpeed's LossScaler; nothing reads it."""
+
+
+ALLOWED_CLASSES = (
+    (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (LossScale, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+)
+
+_MODEL_FILE = "mp_rank_00_model_states.pt"
+_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
+_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is still on disk; `read()` returns a contiguous copy in memory."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """Opens one file, memory-mapped. Raises CheckpointError if it is cut short or names a class that is not allowed."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; copy the checkpoint again, with the files of every rank")
+    with torch.serialization.safe_globals(list(ALLOWED_CLASSES)):
+        try:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except _UNREADABLE as error:
+            raise CheckpointError(_why_unreadable(path, error)) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a DeepSpeed checkpoint")
+    return content
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    try:
+        forbidden = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except _UNREADABLE:
+        forbidden = []
+    if forbidden:
+        return (
+            f"{path} wants to run code: its pickle names {', '.join(sorted(forbidden)[:4])}; "
+            "a DeepSpeed checkpoint needs no such class, so it was not loaded"
+        )
+    reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    return f"{path} ({path.stat().st_size} bytes) is cut short or damaged: {reason}; copy it again or take another step"
+
+
+class DeepSpeedCheckpoint:
+    """One checkpoint folder, opened for reading.
+
+    Attributes: `stage` (0-3; a folder without optimizer shards counts as 0), `world_size` (ranks), `step`, `version`
+    (of DeepSpeed), `aliases` (name of a tied weight -> name under which it is stored).
+    Raises CheckpointError when files are missing, damaged, or do not belong together.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._models, self._shards = self._open()
+        head = self._models[0]
+        missing = [key for key in ("module", "param_shapes", "buffer_names") if key not in head]
+        if missing:
+            raise CheckpointError(f"{self.folder} is no DeepSpeed checkpoint: its model file lacks '{missing[0]}'")
+        self.step = int(head.get("global_steps", 0))
+        self.version = str(head.get("ds_version", "unknown"))
+        self.aliases: dict[str, str] = dict(head.get("shared_params") or {})
+        self._groups: list[dict[str, torch.Size]] = [dict(group) for group in head["param_shapes"] or []]
+        self._frozen: dict[str, torch.Size] = dict(head.get("frozen_param_shapes") or {})
+        self._buffers = {name: head["module"][name] for name in head["buffer_names"] if name in head["module"]}
+        self._check_ranks()
+        self._check_names()
+
+    @property
+    def stage(self) -> int:
+        return int(self._optimizer(0)["zero_stage"]) if self._shards else 0
+
+    @property
+    def world_size(self) -> int:
+        return int(self._models[0].get("dp_world_size", max(len(self._shards), 1)))
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer shards are there, without which nothing can be verified."""
+        return bool(self._shards)
+
+    def weights(self) -> dict[str, StoredTensor]:
+        """Every weight and persistent buffer once (ties under their stored name), ready to be streamed.
+
+        ZeRO-1 and -2: the `module` of the model file. ZeRO-3: each parameter gathered from the ranks' partitions.
+        """
+        if self.stage < 3:
+            module = self._models[0]["module"]
+            return {name: _stored(value) for name, value in module.items() if name not in self.aliases}
+        stored = {name: _stored(value) for name, value in self._buffers.items()}
+        for name, shape in self._frozen.items():
+            stored[name] = self._lazy(shape, [[model["frozen_param_fragments"][name]] for model in self._models], 0)
+        partitions = [self._optimizer(rank)["fp32_flat_groups"] for rank in range(self.world_size)]
+        start = 0
+        for name, shape in self._trained().items():
+            stored[name] = self._lazy(shape, partitions, start)
+            start += -(-math.prod(shape) // self.world_size)
+        return stored
+
+    def reference_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same names and values as `weights`, put together another way, to verify it with.
+
+        ZeRO-1 and -2: from the optimizer shards' FP32 masters. ZeRO-3: pushed shard by shard into full tensors.
+        Buffers (and ZeRO-1's frozen weights) exist only once in the files and are given from there.
+        """
+        if not self.has_masters:
+            raise CheckpointError(f"{self.folder} has no *_optim_states.pt to verify against; pass --no-verify")
+        yield from self._buffers.items()
+        yield from self._frozen_reference()
+        yield from self._unflatten_groups() if self.stage < 3 else self._scatter_partitions()
+
+    # ---------------------------------------------------------------- opening and checking
+
+    def _open(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is not a folder; give a checkpoint folder or a run folder")
+        found: dict[str, dict[int, Path]] = {"model": {}, "optim": {}}
+        for path in self.folder.iterdir():
+            if match := _SHARD.fullmatch(path.name):
+                found[match[2]][int(match[1])] = path
+            elif re.fullmatch(r"mp_rank_(?!00)\d+_model_states\.pt|.*_mp_rank_(?!00)\d+_.*_states\.pt", path.name):
+                raise CheckpointError(f"{self.folder} is tensor-parallel ({path.name}); only data-parallel converts")
+        whole = self.folder / _MODEL_FILE
+        if whole.exists() and found["model"]:
+            raise CheckpointError(f"{self.folder} mixes files of ZeRO-2 and ZeRO-3; give each save its own folder")
+        if not whole.exists() and not found["model"]:
+            raise CheckpointError(f"{self.folder} is no DeepSpeed checkpoint: it holds no *_model_states.pt")
+        models = [whole] if whole.exists() else self._all_ranks(found["model"])
+        return [load_file(path) for path in models], [load_file(path) for path in self._all_ranks(found["optim"])]
+
+    def _all_ranks(self, files: dict[int, Path]) -> list[Path]:
+        gap = next((rank for rank in range(max(files, default=-1) + 1) if rank not in files), None)
+        if gap is not None:
+            raise self._incomplete(gap, max(files) + 1)
+        return [files[rank] for rank in sorted(files)]
+
+    def _incomplete(self, rank: int, world_size: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder} lacks the files of rank {rank} of {world_size}; collect the shards of every node here"
+        )
+
+    def _optimizer(self, rank: int) -> dict[str, Any]:
+        return self._shards[rank]["optimizer_state_dict"]
+
+    def _check_ranks(self) -> None:
+        for shard in self._shards:
+            if "zero_stage" not in shard.get("optimizer_state_dict", {}):
+                raise CheckpointError(f"{self.folder} holds an optimizer shard that ZeRO did not write")
+        sharded_model = len(self._models) > 1 or not (self.folder / _MODEL_FILE).exists()
+        if sharded_model and not self._shards:
+            raise CheckpointError(f"{self.folder} is ZeRO-3 without *_optim_states.pt, which hold its weights")
+        if self._shards and sharded_model != (self.stage == 3):
+            raise CheckpointError(f"{self.folder} mixes files of ZeRO-{self.stage} and of another stage")
+        for files in filter(None, (self._shards, self._models if sharded_model else [])):
+            if len(files) < self.world_size:
+                raise self._incomplete(len(files), self.world_size)
+            if len(files) > self.world_size:
+                raise CheckpointError(f"{self.folder} holds {len(files)} ranks but was saved by {self.world_size}")
+        steps = {int(model.get("global_steps", 0)) for model in self._models}
+        updates = {_updates(self._optimizer(rank)) for rank in range(len(self._shards))}
+        if len(steps) > 1 or len(updates) > 1:
+            mixed = ", ".join(map(str, sorted(steps if len(steps) > 1 else updates)))
+            raise CheckpointError(f"{self.folder} mixes shards of different steps ({mixed}); copy one save as a whole")
+
+    def _check_names(self) -> None:
+        """What is listed and what is stored must be the same set of names."""
+        listed = {*self._trained(), *self._frozen, *self._buffers}
+        stored = set(self._models[0]["module"]) - set(self.aliases)
+        if self.stage == 1:  # its frozen weights are in the module only
+            stored = {name for name in stored if name in listed}
+        odd = listed ^ stored
+        if odd and self.has_masters:
+            raise CheckpointError(f"{self.folder}: '{min(odd)}' is listed but not stored, or stored but not listed")
+
+    # ---------------------------------------------------------------- putting weights together
+
+    def _trained(self) -> dict[str, torch.Size]:
+        return {name: torch.Size(shape) for group in self._groups for name, shape in group.items()}
+
+    def _lazy(self, shape: torch.Size, partitions: list[list[torch.Tensor]], start: int) -> StoredTensor:
+        """A ZeRO-3 parameter: rank r holds elements [r * width, (r + 1) * width), the last one with padding."""
+        count = math.prod(shape)
+        width = -(-count // self.world_size)
+
+        def read() -> torch.Tensor:
+            parts = [self._span(pieces, start, width) for pieces in partitions]
+            return torch.cat(parts)[:count].reshape(shape).clone()
+
+        return StoredTensor(torch.Size(shape), partitions[0][0].dtype, read)
+
+    def _span(self, pieces: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
+        """Elements [start, start + count) of the vector that the flat `pieces` form end to end."""
+        parts = []
+        for piece in pieces:
+            if count and start < piece.numel():
+                parts.append(piece[start : start + count])
+                count -= parts[-1].numel()
+            start = max(start - piece.numel(), 0)
+        if count:
+            raise CheckpointError(f"{self.folder}: the optimizer shards hold {count} values too few")
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def _frozen_reference(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in self._frozen.items():
+            fragments = [model["frozen_param_fragments"][name].flatten() for model in self._models]
+            yield name, torch.cat(fragments)[: math.prod(shape)].reshape(shape)
+        listed = {*self._trained(), *self._frozen, *self._buffers, *self.aliases}
+        for name, value in self._models[0]["module"].items():
+            if name not in listed:
+                yield name, value
+
+    def _unflatten_groups(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """ZeRO-1 and -2: a parameter group is one vector, cut into equal partitions whose end padding is not saved."""
+        ranks = range(self.world_size)
+        paddings = self._optimizer(0).get("param_alignment_paddings")
+        for index, group in enumerate(self._groups):
+            pieces = [self._optimizer(rank)["single_partition_of_fp32_groups"][index] for rank in ranks]
+            gaps = paddings[index] if paddings else [0] * len(group)
+            start = 0
+            for (name, shape), gap in zip(group.items(), gaps, strict=True):
+                yield name, self._span(pieces, start, math.prod(shape)).reshape(shape)
+                start += math.prod(shape) + gap
+            spare = sum(piece.numel() for piece in pieces) - start
+            if not 0 <= spare < 2 * self.world_size:
+                raise CheckpointError(f"{self.folder}: parameter group {index} has {spare} values left over")
+
+    def _scatter_partitions(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """ZeRO-3, shard by shard: a rank's groups, end to end, split into one slice per parameter."""
+        shapes = self._trained()
+        widths = [-(-shape.numel() // self.world_size) for shape in shapes.values()]
+        full = {name: torch.empty(width * self.world_size) for name, width in zip(shapes, widths)}
+        for rank in range(self.world_size):
+            flat = torch.cat(list(self._optimizer(rank)["fp32_flat_groups"]))
+            if flat.numel() != sum(widths):
+                raise CheckpointError(f"{self.folder}: rank {rank} holds {flat.numel()} values, not {sum(widths)}")
+            for (name, width), part in zip(zip(shapes, widths), flat.split(widths)):
+                full[name][rank * width : (rank + 1) * width] = part
+        for name, shape in shapes.items():
+            yield name, full.pop(name)[: shape.numel()].view(shape)
+
+
+def _stored(value: torch.Tensor) -> StoredTensor:
+    return StoredTensor(value.shape, value.dtype, lambda: value.clone(memory_format=torch.contiguous_format))
+
+
+def _updates(optimizer: dict[str, Any]) -> int:
+    """Optimizer updates behind a shard; equal on every rank of one save."""
+    base = optimizer.get("base_optimizer_state") or optimizer.get("optimizer_state_dict") or {}
+    states = (base.get("state") or {}).values() if isinstance(base, dict) else base
+    return next((int(state["step"]) for state in states if "step" in state), 0)
