@@ -120,11 +120,12 @@ def _with_explicit_values(raw: dict[str, Any], run: RunConfig, where: str, expli
         if value == "auto":
             continue
         ours = getattr(run.train, name)
-        if isinstance(value, bool) or not isinstance(value, type(ours) if isinstance(ours, int) else (int, float)):
-            raise ConfigError(f'{where}: {key} is {value!r}; give a {type(ours).__name__}, or "auto"')
+        kind, types = ("whole number", int) if isinstance(ours, int) else ("number", int | float)
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise ConfigError(f'{where}: {key} is {value!r}; give a {kind}, or "auto"')
         if name in explicit and value != ours:
             raise ConfigError(
-                f'{where}: {key} is {value}, but train.{name}={ours} was set; make the ds_config\'s "auto" or drop --set'
+                f'{where}: {key} is {value}, but train.{name}={ours} was set; make the first "auto" or drop the second'
             )
         changes[name] = value
     return run.replace(train=changes)
