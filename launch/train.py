@@ -1,0 +1,65 @@
+"""Trains a model: the only program that an engine launches.
+
+deepspeed launch/train.py --ds_config ds_configs/p40_zero2.json                       # Mini on the embedded sample
+deepspeed launch/train.py --ds_config ds_configs/p40_zero2.json --preset frankenstein_2048 --data hf:NAME
+torchrun --nproc_per_node 2 launch/train.py --ds_config ds_configs/p40_zero2.json --run-dir runs/two
+python launch/train.py --ds_config ds_configs/p40_zero2.json --dry-run                # one process, no training
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
+
+from tbf.errors import run_program
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed launch/train.py", description="Train a hybrid ternary encoder through DeepSpeed.",
+        epilog=(__doc__ or "").split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add(
+        "--ds_config", "--deepspeed_config", required=True, metavar="FILE", help="engine configuration, see ds_configs/"
+    )
+    add("--preset", default="mini", metavar="NAME|FILE.yaml", help="model, data and schedule (default: mini)")
+    add("--data", metavar="SOURCE", help="file, folder or glob of parquet/jsonl/txt, hf:NAME, or sample")
+    add("--tokenizer", metavar="PATH", help="folder or .model file (default: train one on the source, once)")
+    add(
+        "--run-dir",
+        metavar="DIR",
+        help="run folder (default: runs/<preset>-<n>, an unfinished one of these settings first)",
+    )
+    add("--max-steps", type=int, metavar="N", help="optimizer steps of the whole run")
+    add("--resume", default="auto", metavar="auto|never|PATH", help="auto: continue the run folder's newest checkpoint")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="a.b=c",
+        help="override a preset key (repeatable)",
+    )
+    add("--dry-run", action="store_true", help="check everything up to one forward and backward pass, then leave")
+    add("--local_rank", "--local-rank", type=int, default=0, help="given by the launcher; ignored")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    from tbf.train.environment import choose_accelerator, discover_process, set_threads
+
+    process = discover_process()
+    threads = set_threads(process)  # before torch is imported: OpenMP reads its variable once
+    cpu_reason = choose_accelerator()
+    from tbf.train.run import train
+
+    return train(arguments, process, threads, cpu_reason)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
