@@ -1,0 +1,292 @@
+"""Saving and loading a run's checkpoints, so that a crash at any moment leaves the previous one intact.
+
+A save is written into a hidden folder beside its final place, every file synced and hashed, the manifest last; one
+rename makes it a checkpoint. What a killed save or deletion leaves behind is hidden, and swept by the next one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import math
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import tbf
+from tbf.errors import CheckpointError, ConfigError
+from tbf.train import ranks
+from tbf.train.checkpoint_folder import CheckpointFolder, Entry, by_loss, folder_name, step_of
+from tbf.train.files import (
+    FileRecord,
+    free_bytes,
+    move_folder,
+    remove_folder,
+    sync_folder,
+    to_json,
+    write_atomic,
+    write_durable,
+)
+from tbf.train.manifest import MANIFEST_NAME, Manifest, flatten
+from tbf.train.rng import load_rng, rng_bytes
+
+if TYPE_CHECKING:
+    from tbf.train.deepspeed_io import EngineFacts
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "trainer_state.json"
+_SAVING, _DELETING, _SUPERSEDED = ".saving-", ".deleting-", "superseded-"
+_SPARE_BYTES = 64 << 20  # logs and metrics must still fit beside a checkpoint
+
+
+class CheckpointStore(CheckpointFolder):
+    """The checkpoints of a run in training. Every method except `entries` and `sweep` is collective."""
+
+    def __init__(self, root: Path, keep_last: int = 2, keep_best: int = 1, *, fingerprint: str = "") -> None:
+        """`fingerprint` hashes what a resumed run shares with the saved one besides its model (data order, seed).
+
+        Raises ConfigError when fewer than two checkpoints would be kept.
+        """
+        if keep_last < 2:
+            raise ConfigError(f"keep_last is {keep_last}; keep at least 2, since the newest may turn out damaged")
+        if keep_best < 0:
+            raise ConfigError(f"keep_best is {keep_best}; use 0 or more")
+        super().__init__(root)
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.fingerprint = fingerprint
+        self._last_step: int | None = None  # of the checkpoint in `root` that this run last loaded or saved
+
+    def prepare(self, engine: Any, rank: int) -> None:
+        """Raises CheckpointError at the start of a run when its first checkpoint could not be saved."""
+        from tbf.train.deepspeed_io import engine_facts
+
+        facts = engine_facts(engine)
+        with ranks.together(f"cannot write to {self.root}"):
+            if rank == 0:
+                self._make_ready(facts)
+
+    def save(
+        self,
+        engine: Any,
+        step: int,
+        state: dict[str, Any],
+        rank: int,
+        world_size: int,
+        val_loss: float | None = None,
+        *,
+        healthy: bool = True,
+    ) -> Path:
+        """Writes a checkpoint of all ranks and returns its folder; then drops what rotation no longer keeps.
+
+        `state` is the trainer's own, plain JSON values, equal on all ranks; `val_loss` the validation loss of exactly
+        this step; `healthy=False` keeps it out of the rotation's count. A step that was just loaded or saved is not
+        written again. Raises CheckpointError, the same on every rank, and leaves the earlier checkpoints alone.
+        """
+        from tbf.train.deepspeed_io import engine_facts, save_engine
+
+        final = self.root / folder_name(step)
+        if step == self._last_step:
+            return final
+        started = time.monotonic()
+        trainer_state = to_json(state)
+        facts = engine_facts(engine)
+        aside = self.root / f"{_SAVING}{step}" / final.name
+        with ranks.together(f"cannot write to {self.root}"):
+            if rank == 0:
+                self._make_ready(facts)
+                aside.mkdir(parents=True)
+        try:
+            with ranks.together(f"cannot save {final}"):
+                if not aside.is_dir():
+                    raise CheckpointError(
+                        f"{aside} was made by rank 0 but cannot be seen here: "
+                        "put the run folder on a file system that all nodes share (--run-dir)"
+                    )
+                records = {f"rng_rank{rank}.pt": write_durable(aside / f"rng_rank{rank}.pt", rng_bytes())}
+                if rank == 0:
+                    records[STATE_NAME] = write_durable(aside / STATE_NAME, trainer_state)
+            io = save_engine(engine, aside, {"tbf": {"step": step}})
+            ranks.raise_together(io.problem)
+            parts = ranks.gather({**records, **io.records})
+            with ranks.together(f"cannot save {final}"):
+                if rank == 0:
+                    files = {name: record for part in parts for name, record in part.items()}
+                    manifest = self._describe(engine, facts, step, world_size, val_loss, healthy, files)
+                    self._commit(aside, final, manifest)
+                    size, seconds = manifest.total_bytes / 1e9, time.monotonic() - started
+                    logger.info("saved %s: %.2f GB in %.1f s", final, size, seconds)
+        except CheckpointError:
+            if rank == 0:
+                shutil.rmtree(aside.parent, ignore_errors=True)
+            raise
+        self._last_step = step
+        return final
+
+    def load(self, engine: Any, which: str | int | Path, rank: int, world_size: int) -> dict[str, Any]:
+        """Restores weights, optimizer and random generators on every rank; returns the state given to `save`.
+
+        `which` is a checkpoint's path (of this or another run), or what `find` takes. Everything is verified first.
+        Raises CheckpointError when the checkpoint is damaged or belongs to another number of ranks, ZeRO stage,
+        optimizer, model or configuration. Under ZeRO-3 only a fresh engine can load.
+        """
+        from tbf.train.deepspeed_io import engine_facts, load_engine
+
+        path = Path(which)
+        if isinstance(which, int) or str(which) in ("latest", "best") or str(which).isdecimal():
+            path = self.find(which)
+        manifest = self.verify(path)
+        check_fits(manifest, engine, engine_facts(engine), path, world_size, self.fingerprint)
+        with ranks.together(f"cannot read {path}"):
+            state = json.loads((path / STATE_NAME).read_bytes())
+        load_engine(engine, path)
+        with ranks.together(f"cannot read {path}"):
+            load_rng(path / f"rng_rank{rank}.pt")
+        if path.resolve().parent == self.root.resolve():
+            self._last_step = manifest.step
+        return state
+
+    def sweep(self) -> None:
+        """Removes what a killed save or deletion left behind. Only for the process that owns the run folder."""
+        for leftover in (*self.root.glob(f"{_SAVING}*"), *self.root.glob(f"{_DELETING}*")):
+            logger.info("removing %s, left by an interrupted save or deletion", leftover)
+            remove_folder(leftover, first=MANIFEST_NAME)
+        for temporary in self.root.glob(".*.tmp-*"):
+            temporary.unlink()
+
+    def _make_ready(self, facts: EngineFacts) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        if self._last_step is None and self._folders():
+            raise CheckpointError(
+                f"{self.root} holds checkpoints (newest {self._folders()[0].name}) that this run did not resume from "
+                "and would rotate away; pass --resume auto, or another --run-dir"
+            )
+        self.sweep()
+        same = [manifest.total_bytes for _, manifest in self.entries() if manifest.layout == facts.layout]
+        # FP32 weights, master weights and two Adam moments, where no earlier checkpoint says it exactly.
+        needed = int((same[0] if same else 16 * facts.parameters) * 1.05) + _SPARE_BYTES
+        free = free_bytes(self.root)
+        if free < needed:
+            raise CheckpointError(
+                f"a checkpoint needs {needed / 1e9:.2f} GB and {self.root} has {free / 1e9:.2f} GB free; "
+                "free some space, lower train.keep_last or train.keep_best, or pass another --run-dir"
+            )
+
+    def _describe(
+        self,
+        engine: Any,
+        facts: EngineFacts,
+        step: int,
+        world_size: int,
+        val_loss: float | None,
+        healthy: bool,
+        files: dict[str, FileRecord],
+    ) -> Manifest:
+        import deepspeed
+
+        return Manifest(
+            step=step,
+            val_loss=val_loss,
+            healthy=healthy and (val_loss is None or math.isfinite(val_loss)),
+            world_size=world_size,
+            zero_stage=facts.zero_stage,
+            optimizer=facts.optimizer,
+            layout=facts.layout,
+            model=flatten(engine.module.config.to_dict()),
+            fingerprint=self.fingerprint,
+            versions={
+                "tbf": tbf.__version__,
+                "torch": str(torch.__version__),
+                "deepspeed": deepspeed.__version__,
+                "python": platform.python_version(),
+            },
+            saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            files=files,
+        )
+
+    def _commit(self, aside: Path, final: Path, manifest: Manifest) -> None:
+        sync_folder(aside)
+        manifest.write(aside)
+        sync_folder(aside)
+        self._set_aside_newer(self._last_step)
+        move_folder(aside, final)  # from here on it counts
+        aside.parent.rmdir()
+        entries = self.entries()
+        best = [{"checkpoint": p.name, "step": m.step, "val_loss": m.val_loss} for p, m in by_loss(entries)]
+        write_atomic(self.root / "latest", f"{final.name}\n".encode())
+        write_atomic(self.root / "best.json", to_json(best[: max(self.keep_best, 1)]))
+        self._rotate(entries)
+
+    def _set_aside_newer(self, step: int | None) -> None:
+        """Hides checkpoints of a future that a resume from an earlier step gave up; rotation deletes them."""
+        for folder in self._folders():
+            if step is not None and step_of(folder) > step:
+                hidden = self.root / f"{_SUPERSEDED}{folder.name}"
+                if hidden.exists():
+                    self._delete(hidden)
+                logger.warning("%s is newer than step %d, from which this run resumed: dropped", folder, step)
+                move_folder(folder, hidden)
+
+    def _rotate(self, entries: list[Entry]) -> None:
+        """Deletes what is neither the newest, nor among the last healthy or the best ones."""
+        healthy = [path for path, manifest in entries if manifest.healthy]
+        best = [path for path, _ in by_loss(entries)]
+        kept = {entries[0][0], *healthy[: self.keep_last], *best[: self.keep_best]}
+        dropped = [path for path, _ in entries if path not in kept]
+        try:
+            for path in [*dropped, *self.root.glob(f"{_SUPERSEDED}*")]:
+                self._delete(path)
+        except OSError as error:  # the new checkpoint is safe: a leftover only costs space
+            logger.warning("cannot delete an old checkpoint: %s", error)
+
+    def _delete(self, folder: Path) -> None:
+        hidden = self.root / f"{_DELETING}{folder.name}"
+        move_folder(folder, hidden)
+        remove_folder(hidden, first=MANIFEST_NAME)
+
+
+def check_fits(
+    manifest: Manifest, engine: Any, facts: EngineFacts, path: Path, world_size: int, fingerprint: str
+) -> None:
+    """Raises CheckpointError when this engine cannot continue from the checkpoint at `path`, with the cure."""
+    restart = f"or export its weights (tools/convert_ckpt.py {path} OUT) and start a new run from them"
+    if manifest.world_size != world_size:
+        raise CheckpointError(
+            f"{path} was saved by {manifest.world_size} ranks and this run has {world_size}; "
+            f"start {manifest.world_size} ranks, {restart}"
+        )
+    if manifest.zero_stage != facts.zero_stage:
+        raise CheckpointError(
+            f"{path} was saved under ZeRO stage {manifest.zero_stage} and this ds_config asks for "
+            f"{facts.zero_stage}; use a stage {manifest.zero_stage} ds_config, {restart}"
+        )
+    model, saved = flatten(engine.module.config.to_dict()), manifest.model
+    differing = sorted(key for key in model.keys() | saved.keys() if model.get(key) != saved.get(key))
+    if differing:
+        shown = ", ".join(f"{key} {saved.get(key)} there, {model.get(key)} here" for key in differing[:3])
+        more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(
+            f"{path} belongs to another model ({shown}{more}); resume with that run's own config.yaml as --preset, "
+            "or choose another --run-dir"
+        )
+    if manifest.optimizer != facts.optimizer:
+        raise CheckpointError(
+            f"{path} holds the state of {manifest.optimizer} and this run uses {facts.optimizer}; use the same "
+            f"offload_optimizer setting (DeepSpeedCPUAdam also needs a C++ compiler), {restart}"
+        )
+    if manifest.layout != facts.layout:
+        raise CheckpointError(
+            f"{path} stores its parameters in another order than this run would read them; use the ds_config of the "
+            f"run (round_robin_gradients, sub_group_size) and tbf {manifest.versions.get('tbf')}, {restart}"
+        )
+    if fingerprint and manifest.fingerprint and manifest.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{path} belongs to a run with other data settings or another seed; resume with that run's own "
+            f"config.yaml as --preset, {restart}"
+        )

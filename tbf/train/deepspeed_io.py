@@ -1,0 +1,122 @@
+"""How DeepSpeed reads and writes checkpoint files for us: durably, hashed, and never by running code from a file.
+
+DeepSpeed's own loader calls `torch.load(weights_only=False)`, which executes whatever a file asks for; a hash in a
+manifest beside the file does not help against someone who can rewrite both. So its pluggable checkpoint engine is
+replaced by ours while a checkpoint is saved or loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from tbf.errors import CheckpointError
+from tbf.train.files import FileRecord, durable_file
+from tbf.train.manifest import unsafe_content
+
+
+class DurableCheckpointEngine(TorchCheckpointEngine):
+    """Writes through to the disk with a hash, loads weights only.
+
+    A failed write is remembered in `problem` instead of raised: DeepSpeed's save ends in a barrier, and a rank that
+    left it early would leave the others waiting there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: dict[str, FileRecord] = {}
+        self.problem: str | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        target = Path(path)
+        try:
+            with durable_file(target) as handle:
+                torch.save(state_dict, handle)
+                self.records[target.name] = handle.close()
+            self.problem = self.problem or unsafe_content(target)
+        except (OSError, RuntimeError) as error:  # torch wraps a short write of the archive in a RuntimeError
+            reason = getattr(error, "strerror", None) or _first_line(error)
+            self.problem = f"cannot write {target}: {reason}"
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Raises CheckpointError when the file holds anything but tensors, plain values and three known classes."""
+        with torch.serialization.safe_globals([ZeroStageEnum, fragment_address, LossScaler]):
+            try:
+                return torch.load(path, map_location=map_location, weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                raise CheckpointError(f"{path} is refused: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def durable_io(engine: Any) -> Iterator[DurableCheckpointEngine]:
+    """Lets `engine` save and load through a DurableCheckpointEngine inside the block."""
+    ours = DurableCheckpointEngine()
+    theirs, engine.checkpoint_engine = engine.checkpoint_engine, ours
+    # The scripts it would put beside each checkpoint load pickles; tbf's converter reads the files safely.
+    engine._copy_recovery_script = lambda save_path: None
+    try:
+        yield ours
+    finally:
+        engine.checkpoint_engine = theirs
+        del engine._copy_recovery_script
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What a checkpoint and the engine that loads it must agree on."""
+
+    zero_stage: int
+    optimizer: str
+    layout: str
+    """Hash of the flat order of the parameters. DeepSpeed itself does not notice when it differs (another grouping,
+    `round_robin_gradients` switched) and would give each parameter another one's Adam moments."""
+    parameters: int
+    """Number of trained parameters, over all ranks."""
+
+
+def engine_facts(engine: Any) -> EngineFacts:
+    """Asks a DeepSpeed engine (ZeRO stage 1, 2 or 3) what its checkpoints depend on."""
+    groups = [[(name, list(shape)) for name, shape in group.items()] for group in engine._get_zero_param_shapes()]
+    return EngineFacts(
+        zero_stage=int(engine.zero_optimization_stage()),
+        optimizer=type(engine.optimizer.optimizer).__name__,
+        layout=hashlib.sha256(json.dumps(groups).encode()).hexdigest(),
+        parameters=sum(math.prod(shape) for group in groups for _, shape in group),
+    )
+
+
+def save_engine(engine: Any, folder: Path, client_state: dict[str, Any]) -> DurableCheckpointEngine:
+    """Collective: DeepSpeed's files into `folder`. The caller looks at `.problem` and `.records` of the result."""
+    with durable_io(engine) as io:
+        # Versioned for DeepSpeed's universal format, through which a run may later continue on other ranks.
+        client_state = {**client_state, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False)
+    return io
+
+
+def load_engine(engine: Any, folder: Path) -> None:
+    """Collective: weights, optimizer and scheduler from `folder`. Raises CheckpointError when DeepSpeed refuses."""
+    with durable_io(engine):
+        try:
+            loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        except (AssertionError, KeyError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"DeepSpeed could not load {folder}: {_first_line(error)}") from error
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed found nothing to load in {folder}; choose another checkpoint with --resume")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
