@@ -7,6 +7,7 @@ import datetime
 import faulthandler
 import importlib.util
 import inspect
+import logging
 import multiprocessing
 import os
 import pickle
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -48,6 +50,16 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
                     process.kill()
                 process.join()
         return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def deepspeed_on_gloo() -> Any:
+    """Returns the deepspeed module, quiet, and without the operator that it would compile for CPU collectives."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def _wait(processes: list[BaseProcess], folder: Path, deadline: float) -> None:
