@@ -44,16 +44,18 @@ TINY = {
 def write_preset(folder: Path, **train: object) -> Path:
     """A preset file for the tiny model; keyword arguments override keys of its train section."""
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "train": {**TINY["train"], **train}}), encoding="utf-8")
+    data = {**TINY["data"], "cache_dir": str(folder / "data")}
+    preset = {**TINY, "data": data, "train": {**TINY["train"], **train}}
+    path.write_text(yaml.safe_dump(preset), encoding="utf-8")
     return path
 
 
-def environment(cache: Path, **extra: str) -> dict[str, str]:
-    """One thread a rank, the CPU, a private cache of data; none of the launcher variables of the test itself."""
+def environment(**extra: str) -> dict[str, str]:
+    """One thread a rank, the CPU; none of the launcher variables of the test itself."""
     drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {key: value for key, value in os.environ.items() if key not in drop}
     path = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    return {**env, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TBF_CACHE": str(cache), **extra}
+    return {**env, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **extra}
 
 
 def command(*arguments: object, ranks: int = 1, ds_config: Path = DS_ZERO2) -> list[str]:
@@ -67,7 +69,7 @@ def command(*arguments: object, ranks: int = 1, ds_config: Path = DS_ZERO2) -> l
 def train(*arguments: object, cache: Path, ranks: int = 1, ds_config: Path = DS_ZERO2, expect: int = 0, **env: str):
     """Runs to the end and checks the exit code; returns the finished process with its output as text."""
     line = command(*arguments, ranks=ranks, ds_config=ds_config)
-    done = subprocess.run(line, env=environment(cache, **env), cwd=cache, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(line, env=environment(**env), cwd=cache, capture_output=True, text=True, timeout=300)
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done
 

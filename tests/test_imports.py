@@ -1,0 +1,46 @@
+"""Imports point one way: ops <- model <- export, evaluate, train <- cli; data knows neither model nor train."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED = {
+    "errors": set(),
+    "ops": {"errors", "ops"},
+    "model": {"errors", "ops", "model"},
+    "config": {"errors", "model", "presets"},
+    "presets": set(),
+    "data": {"errors", "config", "data"},
+    "hardware": {"errors", "config", "model", "ops", "hardware"},
+    "export": {"errors", "config", "model", "ops", "data", "export"},
+    "evaluate": {"errors", "config", "model", "ops", "data", "export", "evaluate"},
+    "train": {"errors", "config", "model", "ops", "data", "hardware", "export", "evaluate", "train"},
+}
+
+
+def imported_packages(path: Path) -> set[str]:
+    """The parts of tbf that a file imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tbf."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tbf.")}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tbf").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    part = path.relative_to(ROOT / "tbf").parts[0].removesuffix(".py")
+    if part in ALLOWED:
+        assert imported_packages(path) <= ALLOWED[part]
+
+
+@pytest.mark.parametrize("folder", ["tbf", "tools", "launch", "tests", "benchmarks"])
+def test_no_file_grows_beyond_500_lines(folder):
+    sizes = {str(p): len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / folder).rglob("*.py")}
+    assert not {path: lines for path, lines in sizes.items() if lines > 500}
