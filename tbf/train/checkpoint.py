@@ -113,7 +113,7 @@ class CheckpointStore(CheckpointFolder):
                 if rank == 0:
                     records[STATE_NAME] = write_durable(aside / STATE_NAME, trainer_state)
             io = save_engine(engine, aside, {"tbf": {"step": step}})
-            ranks.raise_together(io.problem)
+            ranks.raise_together(CheckpointError(io.problem) if io.problem else None)
             parts = ranks.gather({**records, **io.records})
             with ranks.together(f"cannot save {final}"):
                 if rank == 0:

@@ -38,27 +38,27 @@ def from_rank_0(value: Any) -> Any:
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-    """Runs a block without collectives on every rank; if it fails on one, all raise the same CheckpointError.
+    """Runs a block without collectives on every rank; if it fails on one, all raise the same error.
 
-    A rank that raised alone would leave the others waiting in their next collective.
+    A rank that raised alone would leave the others waiting in their next collective. OSError becomes CheckpointError.
     """
-    problem = None
+    problem: TbfError | None = None
     try:
         yield
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        problem = f"{what}:{where} {error.strerror or error}"
+        problem = CheckpointError(f"{what}:{where} {error.strerror or error}")
     except TbfError as error:
-        problem = str(error)
+        problem = error
     raise_together(problem)
 
 
-def raise_together(problem: str | None) -> None:
+def raise_together(problem: TbfError | None) -> None:
     """Raises the first rank's problem on all of them. Collective."""
     problems = gather(problem)
-    for rank, text in enumerate(problems):
-        if text is not None:
-            raise CheckpointError(text if len(problems) == 1 else f"{text} (on rank {rank})")
+    for rank, error in enumerate(problems):
+        if error is not None:
+            raise type(error)(str(error) if len(problems) == 1 else f"{error} (on rank {rank})")
 
 
 def _grouped() -> bool:

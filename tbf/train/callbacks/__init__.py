@@ -1,0 +1,39 @@
+"""What happens around the training loop: showing, recording, evaluating, saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tbf.config import RunConfig
+from tbf.train.callbacks.base import Callback, CallbackList, StepMetrics
+from tbf.train.callbacks.checkpointing import Checkpointing
+from tbf.train.callbacks.csv import CsvMetrics
+from tbf.train.callbacks.evaluation import Evaluation
+from tbf.train.callbacks.log import TrainLog
+from tbf.train.callbacks.progress import Progress
+from tbf.train.callbacks.status import Status
+from tbf.train.callbacks.tensorboard import TensorBoard
+from tbf.train.callbacks.wandb import WandB, require_wandb
+
+__all__ = ["Callback", "CallbackList", "StepMetrics", "default_callbacks"]
+
+
+def default_callbacks(run: RunConfig, run_dir: Path, *, is_main: bool) -> CallbackList:
+    """The callbacks of a run: evaluation, then checkpoints, on every rank; on rank 0 also all that watch.
+
+    Raises ConfigError on every rank when Weights & Biases is asked for and not installed.
+    """
+    train = run.train
+    if train.wandb:
+        require_wandb()
+    monitors: list[Callback] = []
+    if is_main:
+        monitors = [
+            Status(run_dir),
+            TrainLog(run_dir / "train.log", train.log_every),
+            CsvMetrics(run_dir / "metrics.csv", train.log_every),
+            *([TensorBoard(run_dir / "tb", train.log_every)] if train.tensorboard else []),
+            *([WandB(run_dir, train.wandb_project, train.log_every)] if train.wandb else []),
+            Progress(train.log_every),
+        ]
+    return CallbackList([*monitors, Evaluation(train.eval_every), Checkpointing(train.save_every)])

@@ -1,0 +1,64 @@
+"""train.log: everything that tbf's loggers say, with times; warnings also on stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tbf.train.callbacks.base import Callback, StepMetrics
+from tbf.train.callbacks.text import eval_line, step_line
+
+_ROOT = logging.getLogger("tbf")
+logger = logging.getLogger(__name__)
+
+
+class TrainLog(Callback):
+    """Appends to a log file from the start to the end of training."""
+
+    monitor = True
+
+    def __init__(self, path: Path, log_every: int) -> None:
+        self.path = path
+        self.log_every = log_every
+        self._handlers: list[logging.Handler] = []
+        self._level = logging.NOTSET
+
+    def on_start(self, trainer: Any) -> None:
+        to_file = logging.FileHandler(self.path, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._handlers.append(to_file)
+        if not any(type(handler) is logging.StreamHandler for handler in _ROOT.handlers):
+            to_person = _AboveTheBar(logging.WARNING)
+            to_person.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+            self._handlers.append(to_person)
+        for handler in self._handlers:
+            _ROOT.addHandler(handler)
+        self._level = _ROOT.level
+        _ROOT.setLevel(logging.INFO)
+        logger.info("start at step %d of %d on %d rank(s)", trainer.step, trainer.max_steps, trainer.world_size)
+
+    def on_step(self, trainer: Any, metrics: StepMetrics) -> None:
+        if metrics.step % self.log_every == 0 or metrics.step in (1, trainer.max_steps):
+            logger.info(step_line(metrics, trainer.max_steps))
+
+    def on_eval(self, trainer: Any, step: int, metrics: dict[str, float]) -> None:
+        logger.info(eval_line(step, metrics))
+
+    def on_end(self, trainer: Any, status: str) -> None:
+        logger.info("%s at step %d", status, trainer.step)
+        for handler in self._handlers:
+            _ROOT.removeHandler(handler)
+            handler.close()
+        self._handlers.clear()
+        _ROOT.setLevel(self._level)
+
+
+class _AboveTheBar(logging.Handler):
+    """Prints to stderr without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
