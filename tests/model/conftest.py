@@ -17,6 +17,7 @@ MIXER_CASES = {
     "titan": {"layer_pattern": ["titan_attn"]},
     "titan_local": {"layer_pattern": ["titan_attn:local"]},
     "titan_rope": {"layer_pattern": ["titan_attn"], "use_hope": False},
+    "titan_memory": {"layer_pattern": ["titan_attn"], "titan_memory": "linear"},
     "ode": {"layer_pattern": ["ode"]},
     "ode_euler": {"layer_pattern": ["ode"], "ode_solver": "euler", "ode_steps": 2},
     "softmax": {"layer_pattern": ["standard_attn"]},
@@ -27,6 +28,7 @@ MIXER_CASES = {
 ALL_MIXERS = {
     "layer_pattern": ["retnet", "titan_attn", "mamba", "ode", "standard_attn:local", "sigmoid_attn"],
     "num_layers": 6,
+    "titan_memory": "linear",
 }
 
 

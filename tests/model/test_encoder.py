@@ -70,11 +70,11 @@ def test_meta_device_construction(all_mixers):
 
 
 def test_sizes_of_the_two_reference_shapes():
-    """452M parameters for the full dense model, 14.5M for the small one."""
+    """454M parameters for the full dense model with memory, 14.5M for the small one."""
     with torch.device("meta"):
-        full = TormentedBertFrankenstein(UltraConfig())
+        full = TormentedBertFrankenstein(UltraConfig(titan_memory="linear"))
         mini = TormentedBertMini()
-    assert full.num_parameters() == pytest.approx(452.0e6, rel=0.002)
+    assert full.num_parameters() == pytest.approx(454.0e6, rel=0.002)
     assert mini.num_parameters() == pytest.approx(14.5e6, rel=0.01)
     assert mini.config.norm_type == "derf"
 
@@ -125,6 +125,8 @@ def test_undecayed_names_exist_and_cover_gains_and_gates(all_mixers):
             undecayed.add(f"{prefix}.{name}")
     for name in (
         "layers.0.mixer_norm.weight",
+        "layers.1.mixer.memory.gates.weight",
+        "layers.1.mixer.memory.initial",
         "layers.2.mixer.A_log",
         "layers.3.mixer.tau",
         "loop_start.inject",

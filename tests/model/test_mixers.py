@@ -142,3 +142,37 @@ def test_titan_attention_with_hope(tiny):
     weights = (scores / 8**0.5).masked_fill(~same_document(), float("-inf")).softmax(-1)
     y = torch.einsum("bhnm,bmhk->bnhk", weights, v).flatten(2)
     torch.testing.assert_close(mixer(x, info, identity), out(mixer, y), rtol=1e-4, atol=1e-5)
+
+
+def test_titan_memory_learns_along_the_document(tiny):
+    """Against the token rule, with the surprise taken at the memory before the token's chunk of its document."""
+    config = tiny(layer_pattern=["titan_attn"], titan_memory="linear")
+    mixer, info, x = build(config)
+    memory = mixer.memory
+    q, k, v = mixer.heads(x)
+    got = memory(q, k, v, x, info.ids)
+
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    gates = torch.sigmoid(F.linear(x, memory.gates.weight, memory.gates.bias)).unflatten(-1, (7, 4))  # [B, T, 7, H]
+    read = torch.zeros(2, 11, 4, 8)
+    for row in range(2):
+        for head in range(4):
+            for direction in range(2):
+                order = list(range(11))[:: -1 if direction else 1]
+                for step, t in enumerate(order):
+                    fresh = step == 0 or SEGMENTS[row, t] != SEGMENTS[row, order[step - 1]]
+                    if fresh:
+                        place, weights, momentum_state = 0, memory.initial[head], torch.zeros(8, 8)
+                    if place % 4 == 0:
+                        anchor = weights
+                    place += 1
+                    rate, momentum, forget = gates[row, t, 3 * direction : 3 * direction + 3, head]
+                    momentum = 0.95 * momentum
+                    rate = rate * (1 - momentum) / 4
+                    key, value = k[row, t, head], v[row, t, head]
+                    surprise = 2 * torch.outer(key, key @ anchor - value)
+                    momentum_state = momentum * momentum_state - rate * surprise
+                    weights = (1 - forget) * weights + momentum_state
+                    read[row, t, head] += q[row, t, head] @ weights
+    expected = gates[:, :, 6, :, None] * unit(read, 1e-4)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)

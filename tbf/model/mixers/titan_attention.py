@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tbf.model.config import UltraConfig
 from tbf.model.mixers.softmax_attention import SoftmaxAttention
+from tbf.model.mixers.titan_memory import TitanMemory
 from tbf.model.segment_info import SegmentInfo
 from tbf.ops.hope import hope_attention
 
@@ -19,11 +20,7 @@ class TitanAttention(SoftmaxAttention):
     def __init__(self, config: UltraConfig, window: int = 0) -> None:
         super().__init__(config, window)
         self.use_hope = config.use_hope
-        self.memory = None
-        if config.titan_memory == "linear":
-            from tbf.model.mixers.titan_memory import TitanMemory
-
-            self.memory = TitanMemory(config)
+        self.memory = TitanMemory(config) if config.titan_memory == "linear" else None
 
     def mix(self, u: Tensor, info: SegmentInfo) -> Tensor:
         q, k, v = self.heads(u)
