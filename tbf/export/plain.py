@@ -66,11 +66,11 @@ def export_run(
     try:
         _sweep(aside)
         aside.mkdir(parents=True)
-        _write(aside, source, checkpoint, format)
+        parameters = _write(aside, source, checkpoint, format)
         if verify:
             logger.info("verifying in a fresh process")
         report = verify_export(aside, source.folder) if verify else None
-        _write_json(aside / EXPORT_NAME, _provenance(source, checkpoint, format, report))
+        _write_json(aside / EXPORT_NAME, _provenance(source, checkpoint, format, parameters, report))
         _publish(aside, out)
     except OSError as error:
         where = error.filename or out
@@ -125,7 +125,8 @@ def _check_target(out: Path, force: bool) -> None:
         raise CheckpointError(f"{out} already holds an export; pass --force to replace it, or choose another folder")
 
 
-def _write(aside: Path, source: ExportSource, checkpoint: DeepSpeedCheckpoint, format: str) -> None:
+def _write(aside: Path, source: ExportSource, checkpoint: DeepSpeedCheckpoint, format: str) -> int:
+    """Writes weights, configuration and tokenizer; returns the number of parameters."""
     from tbf.model.encoder import TormentedBertFrankenstein
 
     tensors = checkpoint.weights()
@@ -146,16 +147,18 @@ def _write(aside: Path, source: ExportSource, checkpoint: DeepSpeedCheckpoint, f
         except DataError as error:
             raise CheckpointError(f"the tokenizer of the run cannot be copied: {error}") from None
         _load_tokenizer(aside, source.config)  # refuses one of another vocabulary
+    return model.num_parameters()
 
 
 def _provenance(
-    source: ExportSource, checkpoint: DeepSpeedCheckpoint, format: str, report: dict[str, Any] | None
+    source: ExportSource, checkpoint: DeepSpeedCheckpoint, format: str, parameters: int, report: dict[str, Any] | None
 ) -> dict[str, Any]:
     engine = {"zero_stage": checkpoint.stage, "world_size": checkpoint.world_size, "deepspeed": checkpoint.version}
     return {
         "tbf_version": tbf.__version__,
         "format": format,
         "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "parameters": parameters,
         "step": checkpoint.step,
         **source.origin,
         "engine": engine,

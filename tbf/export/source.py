@@ -72,32 +72,32 @@ def read_config(path: Path) -> UltraConfig:
 
 
 def _choose(root: Path, step: str | int) -> Path:
-    """The newest, best or named checkpoint whose files are whole; damaged ones are reported and passed over."""
-    from tbf.train.checkpoint import CheckpointStore
+    """The newest, best or named checkpoint whose files are whole; damaged ones are reported and passed over.
 
-    entries = CheckpointStore(root).entries()
+    CheckpointFolder.find does the same for all ranks of a job together, and would wait for them here.
+    """
+    from tbf.train.checkpoint_folder import CheckpointFolder, by_loss, folder_name, step_of
+
+    folders = sorted((path for path in root.glob("step-*") if step_of(path) >= 0), key=step_of, reverse=True)
+    lack = "that is complete"
     if str(step) == "best":
-        entries = sorted((e for e in entries if e[1].rank_by_loss < float("inf")), key=lambda e: e[1].rank_by_loss)
+        folders, lack = [path for path, _ in by_loss(CheckpointFolder(root).entries())], "with a validation loss"
     elif str(step).isdecimal():
-        steps = ", ".join(str(manifest.step) for _, manifest in reversed(entries)) or "none"
-        entries = [entry for entry in entries if entry[1].step == int(step)]
-        if not entries:
-            raise CheckpointError(f"{root} has no whole checkpoint of step {step}; there are: {steps}")
+        steps = ", ".join(str(step_of(path)) for path in reversed(folders)) or "none"
+        folders = [path for path in folders if path.name == folder_name(int(step))]
+        lack = f"of step {step}; there are: {steps}"
     elif str(step) != "latest":
         raise ConfigError(f"--step {step} names no checkpoint; use latest, best or a step such as 500")
-    if not entries:
-        lack = "with a validation loss" if str(step) == "best" else "that is complete"
-        raise CheckpointError(f"{root} holds no checkpoint {lack}; check the path, or train first")
-    for index, (folder, _) in enumerate(entries):
+    for folder, following in zip(folders, [*folders[1:], None]):
         try:
             _require_whole(folder)
         except CheckpointError as error:
-            if index + 1 == len(entries):
+            if following is None:
                 raise
-            logger.error("SKIPPING %s; falling back to %s", error, entries[index + 1][0].name)
+            logger.error("SKIPPING %s; falling back to %s", error, following.name)
         else:
             return folder
-    raise AssertionError("the last entry returns or raises")
+    raise CheckpointError(f"{root} holds no checkpoint {lack}")
 
 
 def _require_whole(folder: Path) -> None:
@@ -131,8 +131,8 @@ def _settings_of(folder: Path, run: Path | None) -> dict[str, Any]:
     if run:
         return _read_settings(run / "config.yaml")
     try:
-        identity = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["identity"]
-        return {"model": UltraConfig.from_dict(identity).to_dict()}
+        model = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["model"]
+        return {"model": UltraConfig.from_dict(model).to_dict()}
     except (OSError, ValueError, KeyError, TypeError, ConfigError):
         raise CheckpointError(
             f"{folder} does not lie in a run folder, so the model's shape is unknown; "
@@ -143,11 +143,12 @@ def _settings_of(folder: Path, run: Path | None) -> dict[str, Any]:
 def _read_settings(path: Path) -> dict[str, Any]:
     """{"model": ..., and "data", "train" where known} of a config file."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise CheckpointError(f"cannot read {path}: {reason}; give a config.yaml or config.json") from None
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())[:160]}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no settings; give a run's config.yaml or an export's config.json")

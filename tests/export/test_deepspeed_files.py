@@ -192,7 +192,7 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_optimizer_offloaded_to_the_host(tmp_path: Path, stage: int) -> None:
     live = run_distributed(save_checkpoints, 2, tmp_path, (stage,), True, timeout_s=600.0)[0][stage]
-    checkpoint = DeepSpeedCheckpoint(tmp_path / f"zero{stage}" / "tag")
+    checkpoint = DeepSpeedCheckpoint(tmp_path / f"toy{stage}" / "tag")
     reference = dict(checkpoint.reference_weights())
     for name, stored in checkpoint.weights().items():
         assert torch.equal(stored.read(), live[name]), name

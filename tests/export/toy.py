@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tbf.model.config import UltraConfig
+from tests.export.tiny_runs import save_run
+
 Saved = dict[tuple[int, int], tuple[Path, dict[str, torch.Tensor]]]
 """(ZeRO stage, ranks) -> (checkpoint folder, weights of the model that it was saved from)."""
 
@@ -33,9 +36,17 @@ class ToyNet(nn.Module):
         return self.head(hidden)
 
 
+def save_everything(
+    rank: int, world_size: int, root: Path, runs: dict[str, int], config: UltraConfig
+) -> tuple[dict[int, Any], dict[str, Any]]:
+    """ToyNets under every stage, and one tiny run for each (name, stage) of `runs`; returns all live weights."""
+    toys = save_checkpoints(rank, world_size, root, (1, 2, 3))
+    return toys, {name: save_run(rank, world_size, root / name, stage, config) for name, stage in runs.items()}
+
+
 def save_checkpoints(rank: int, world_size: int, folder: Path, stages: tuple[int, ...], offload: bool = False) -> Any:
     """Saves a ToyNet after three steps under each ZeRO stage; returns {stage: weights of the live model}."""
-    return {stage: _save_checkpoint(rank, folder / f"zero{stage}", stage, offload) for stage in stages}
+    return {stage: _save_checkpoint(rank, folder / f"toy{stage}", stage, offload) for stage in stages}
 
 
 def _save_checkpoint(rank: int, folder: Path, stage: int, offload: bool) -> dict[str, torch.Tensor]:

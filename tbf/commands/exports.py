@@ -1,0 +1,21 @@
+"""What the verbs that use an export share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tbf.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tbf.data.tokenizer import SpanishSPMTokenizer
+    from tbf.model.encoder import TormentedBertFrankenstein
+
+
+def load_with_tokenizer(folder: str) -> tuple[TormentedBertFrankenstein, SpanishSPMTokenizer]:
+    """Loads an export that can read text. Raises CheckpointError when it has no tokenizer."""
+    from tbf.export.plain import load_pretrained
+
+    model, tokenizer = load_pretrained(folder)
+    if tokenizer is None:
+        raise CheckpointError(f"{folder} was exported without a tokenizer; export it again with --tokenizer")
+    return model, tokenizer

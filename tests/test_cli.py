@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tbf import cli
+from tests.export.tiny_runs import TEXT, tiny_tokenizer, write_export
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_export(tmp_path_factory.mktemp("export"), tiny_tokenizer())
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def verbs() -> list[list[str]]:
+    found, groups = [[]], [([], cli.build_parser())]
+    while groups:
+        path, parser = groups.pop()
+        for action in parser._subparsers._group_actions if parser._subparsers else ():
+            for name, child in action.choices.items():
+                found.append([*path, name])
+                groups.append(([*path, name], child))
+    return found
+
+
+@pytest.mark.parametrize("verb", verbs(), ids=" ".join)
+def test_every_verb_has_help_with_examples(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*verb, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "examples:" in shown
+    assert " ".join(["tbf", *verb]) in shown.split("examples:")[1]
+
+
+def test_help_loads_neither_torch_nor_deepspeed(repo_root: Path) -> None:
+    program = (
+        "import sys\nfrom tbf.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'deepspeed', 'numpy', 'sentencepiece'} & set(sys.modules), 'heavy imports'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=repo_root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["nonsense"], ["fill-mask"], ["tokenizer"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        assert stopped.value.code == 2
+
+
+def test_fill_mask_prints_a_table(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fill-mask", export, "El [MASK] ladra y el [MASK] duerme.", "--top-k", 3) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert lines[0].endswith("(mask 1 of 2)")
+    assert "%" in lines[1]
+
+
+def test_fill_mask_json(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fill-mask", export, "Hola [MASK].", "--json", "--top-k", 2) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [set(c) for c in found["masks"][0]] == [{"token", "token_id", "probability", "text"}] * 2
+
+
+def test_fill_mask_errors(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fill-mask", export, "sin hueco") == 3
+    assert run("fill-mask", tmp_path, "[MASK]") == 4
+    assert run("fill-mask", export, "[MASK]", "--top-k", 0) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3
+    assert all(line.startswith("error: ") for line in errors)
+
+
+def test_embed_writes_arrays_and_lines_that_agree(export: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("\n".join(TEXT) + "\n", encoding="utf-8")
+    records = [json.dumps({"body": text}) for text in TEXT]
+    (tmp_path / "in.jsonl").write_text("\n".join(records), encoding="utf-8")
+    assert run("embed", export, "--file", tmp_path / "in.txt", "--out", tmp_path / "a.npy") == 0
+    assert run("embed", export, "--file", tmp_path / "in.jsonl", "--column", "body", "--out", tmp_path / "b.jsonl") == 0
+    assert run("embed", export, *TEXT, "--out", tmp_path / "c.npy") == 0
+    array = np.load(tmp_path / "a.npy")
+    lines = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert array.shape == (len(TEXT), 32)
+    assert [line["text"] for line in lines] == TEXT
+    assert np.array_equal(np.array([line["embedding"] for line in lines], dtype=np.float32), array)
+    assert np.array_equal(np.load(tmp_path / "c.npy"), array)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_embed_reads_standard_input(
+    export: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Hola.\r\n\nAdiós.".encode())))
+    assert run("embed", export, "--normalize") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["text"] for line in lines] == ["Hola.", "", "Adiós."]
+    assert np.linalg.norm(lines[0]["embedding"]) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_embed_never_overwrites_unasked(export: Path, tmp_path: Path) -> None:
+    out = tmp_path / "vectors.npy"
+    out.write_text("precious")
+    assert run("embed", export, "Hola", "--out", out) == 2
+    assert out.read_text() == "precious"
+    assert run("embed", export, "Hola", "--out", out, "--force") == 0
+    assert np.load(out).shape == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (b"", "a.txt", "is empty"),
+        (b"\n \n", "a.txt", "is empty"),
+        (b"hola\nca\xf1a\n", "a.txt", "line 2: not UTF-8 (byte 0xf1)"),
+        (b'{"text": "a"}\n{"texto": "b"}\n', "a.jsonl", "line 2: no JSON object with the key 'text'"),
+        (b'{"text": 5}\n', "a.jsonl", "line 1: 'text' is 5, not a text"),
+        (b"[]\n", "a.jsonl", "line 1: no JSON object"),
+        (None, "absent.txt", "No such file"),
+    ],
+)
+def test_embed_names_what_is_wrong_with_a_file(
+    export: Path, tmp_path: Path, content: bytes | None, name: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert run("embed", export, "--file", tmp_path / name, "--out", tmp_path / "v.npy") == 3
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "v.npy").exists()
+
+
+def test_embed_usage_errors(export: Path, tmp_path: Path) -> None:
+    assert run("embed", export, "a", "--out", tmp_path / "v.csv") == 2
+    assert run("embed", export, "a", "--file", tmp_path / "x.txt") == 2
+    assert run("embed", export, "a", "--out", tmp_path / "absent" / "v.npy") == 4
+
+
+def test_tokenizer_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tbf.data.tokenizer import SpanishSPMTokenizer
+
+    (tmp_path / "in.txt").write_text("\n".join(TEXT * 3), encoding="utf-8")
+    command = ("tokenizer", "train", tmp_path / "in.txt", "--out", tmp_path / "tok", "--vocab-size", 290)
+    assert run(*command) == 0
+    trained = SpanishSPMTokenizer.from_pretrained(tmp_path / "tok")
+    assert trained.vocab_size == 290
+    assert trained.fingerprint[:12] in capsys.readouterr().out
+    assert run(*command) == 2
+    assert "--force" in capsys.readouterr().err
+    assert run(*command, "--force") == 0
+    assert run("tokenizer", "train", tmp_path / "nothing", "--out", tmp_path / "tok2") == 3
+    assert not (tmp_path / "tok2").exists()
+
+
+def test_params_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    from tbf.commands.params import count_parts
+    from tbf.config import load_run_config
+    from tbf.model.encoder import TormentedBertFrankenstein
+
+    assert run("params", "mini", "--set", "model.hidden_size=192") == 0
+    shown = capsys.readouterr().out
+    config = load_run_config("mini", ["model.hidden_size=192"]).model.replace(vocab_size=4096)
+    with torch.device("meta"):
+        model = TormentedBertFrankenstein(config)
+    parts, ternary = count_parts(model)
+    assert sum(parts.values()) == model.num_parameters()
+    assert f"{model.num_parameters():,}" in shown
+    assert 0 < ternary < model.num_parameters()
+    assert "mixer retnet" in shown
+    assert run("params", "minni") == 2
+    assert "did you mean 'mini'" in capsys.readouterr().err
