@@ -17,6 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_STRONGEST = -32.0
+"""exp(-32) = 1e-14 forgets everything; larger sums inside a chunk would only cost the other tokens their precision."""
+
 
 def decay_scan(
     q: Tensor,
@@ -39,9 +42,8 @@ def decay_scan(
     """
     tokens, size = q.shape[1], _chunk(q.shape[1], q.shape[3], v.shape[3], chunk_size)
     q, k, v = (_chunked(t, size) for t in (q, k, v))  # [B, Z, H, C, .]
-    g = _chunked(log_decay.to(torch.promote_types(log_decay.dtype, torch.float32))[..., None], size)[
-        ..., 0
-    ]  # [B,Z,H,C]
+    g = log_decay.to(torch.promote_types(log_decay.dtype, torch.float32)).clamp(min=_STRONGEST)
+    g = _chunked(g[..., None], size)[..., 0]  # [B, Z, H, C]
     seg = _chunked_segments(seg, size)  # [B, Z, 1, C]
 
     reach = _reach(seg, reverse)  # [B, Z, 1, C, C]
