@@ -266,10 +266,10 @@ def check_fits(
             f"{path} was saved under ZeRO stage {manifest.zero_stage} and this ds_config asks for "
             f"{facts.zero_stage}; use a stage {manifest.zero_stage} ds_config, {restart}"
         )
-    model, saved = flatten(engine.module.config.to_dict()), manifest.model
-    differing = sorted(key for key in model.keys() | saved.keys() if model.get(key) != saved.get(key))
+    here, saved = flatten(engine.module.config.to_dict()), manifest.model
+    differing = sorted(key for key in here.keys() | saved.keys() if here.get(key) != saved.get(key))
     if differing:
-        shown = ", ".join(f"{key} {saved.get(key)} there, {model.get(key)} here" for key in differing[:3])
+        shown = ", ".join(f"{key} {saved.get(key)} there, {here.get(key)} here" for key in differing[:3])
         more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise CheckpointError(
             f"{path} belongs to another model ({shown}{more}); resume with that run's own config.yaml as --preset, "

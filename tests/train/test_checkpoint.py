@@ -53,6 +53,12 @@ def three(root):
     return root
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """What a process wrote outlives its kill -9 without a sync; the order of the syncs has a test of its own."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 # -- saving and rotation
 
 
@@ -134,6 +140,33 @@ def test_client_state_that_could_not_be_loaded_again_is_refused_when_saving(root
     with pytest.raises(CheckpointError, match=r"would run pathlib"):
         save(CheckpointStore(root), 1, engine=engine)
     assert saved_steps(root) == []
+
+
+def test_everything_is_on_the_disk_before_it_counts(root, monkeypatch):
+    CheckpointStore(root).prepare(FakeEngine(), 0)
+    events = []
+
+    def note(kind, function):
+        def call(target, *others):
+            path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else str(target)
+            events.append((kind, Path(path).name))
+            return function(target, *others)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", note("sync", os.fsync))
+    monkeypatch.setattr(os, "rename", note("rename", os.rename))
+    monkeypatch.setattr(os, "replace", note("rename", os.replace))
+    path = save(CheckpointStore(root), 5)
+    commit = events.index(("rename", path.name))
+    before, after = events[:commit], events[commit + 1 :]
+    written = {file.name for file in path.iterdir()}
+    assert {name for _, name in before} == written | {path.name}
+    manifest = before.index(("sync", MANIFEST_NAME))
+    assert {name for _, name in before[:manifest]} == written - {MANIFEST_NAME} | {path.name}
+    assert before[manifest + 1 :] == [("sync", path.name)]
+    assert after[0] == ("sync", root.name)
+    assert next(name for kind, name in after if kind == "rename").startswith(".latest.tmp")
 
 
 # -- a fresh run, and one that resumed earlier than the newest checkpoint
