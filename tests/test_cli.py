@@ -163,6 +163,25 @@ def test_tokenizer_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not (tmp_path / "tok2").exists()
 
 
+def test_data_prepare_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "tok")
+    lines = [f"{text} Número {i}." for i in range(8) for text in TEXT]
+    (tmp_path / "in.txt").write_text("\n".join(lines), encoding="utf-8")
+    command = ("data", "prepare", tmp_path / "in.txt", "--tokenizer", tmp_path / "tok", "--out", tmp_path / "shards")
+    assert run(*command, "--documents", "line", "--min-spanish", 0) == 0
+    assert f"{len(lines)} documents" in capsys.readouterr().out
+    assert run("data", "inspect", tmp_path / "shards", "--rows", 1, "--seq-len", 128, "--verify") == 0
+    shown = capsys.readouterr().out
+    assert f"complete\n  {len(lines)} documents" in shown
+    assert "every file matches" in shown
+    assert "row 0:\n  [1] " in shown
+    assert "Número" in shown
+    assert run(*command, "--documents", "block") == 3  # another corpus in the same folder
+    assert run("data", "inspect", tmp_path) == 3
+    assert run("data", "prepare", tmp_path / "none", "--tokenizer", tmp_path / "tok", "--out", tmp_path / "s2") == 3
+    assert run(*command, "--processes", 0) == 2
+
+
 def test_params_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     from tbf.commands.params import count_parts
     from tbf.config import load_run_config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,21 @@ def register(verbs: Any) -> None:
     add("--vocab-size", type=int, default=50_000, metavar="N", help="ids, special ones included (default: %(default)s)")
     add("--model-type", choices=("unigram", "bpe"), default="unigram", help="algorithm (default: %(default)s)")
     add("--column", default="text", metavar="KEY", help="column of parquet, key of jsonl (default: %(default)s)")
+    add("--sample-gb", type=float, default=1.0, metavar="GB", help="text to learn from, spread over the sources")
     add("--force", action="store_true", help="replace a tokenizer that is there")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from tbf.data.sources import ReadOptions, open_source
+    from tbf.data.prepare import sample_texts
+    from tbf.data.sharding import PrepareOptions
+    from tbf.data.sources import ReadOptions
     from tbf.data.tokenizer import MODEL_FILE, SpanishSPMTokenizer
 
     if (arguments.out / MODEL_FILE).exists() and not arguments.force:
         raise ConfigError(f"{arguments.out} already holds a tokenizer; pass --force to replace it, or change --out")
-    options = ReadOptions(column=arguments.column)
-    texts = itertools.chain.from_iterable(open_source(spec, options) for spec in arguments.sources)
+    options = PrepareOptions(read=ReadOptions(column=arguments.column))
+    sources = [(spec, None) for spec in arguments.sources]
+    texts = sample_texts(sources, options, int(arguments.sample_gb * 1e9))
     trained = SpanishSPMTokenizer.train(texts, arguments.vocab_size, arguments.model_type)
     trained.save_pretrained(arguments.out)
     print(f"{arguments.out}: {trained.vocab_size:,} ids, fingerprint {trained.fingerprint[:12]}")
