@@ -51,14 +51,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    from tbf.train.environment import choose_accelerator, discover_process, set_threads
+    from tbf.train.environment import choose_accelerator, discover_process, set_threads, tune_allocator
 
     process = discover_process()
     threads = set_threads(process)  # before torch is imported: OpenMP reads its variable once
+    allocator = tune_allocator()
     cpu_reason = choose_accelerator()
     from tbf.train.run import train
 
-    return train(arguments, process, threads, cpu_reason)
+    return train(arguments, process, threads, allocator, cpu_reason)
 
 
 if __name__ == "__main__":

@@ -106,10 +106,11 @@ class TormentedBertFrankenstein(nn.Module):
         if masked_labels is None:
             raise ConfigError("forward got masked_positions without masked_labels; give both")
         logits = self.predict(gather_positions(hidden, masked_positions))  # [B, M, V]
-        loss, correct = masked_lm_loss(logits, masked_labels, loss_denominator)
+        mlm_loss, correct = masked_lm_loss(logits, masked_labels, loss_denominator)
+        loss = mlm_loss
         if router is not None:
             loss = loss + self.config.router_balance_coef * router["balance"] + self.config.router_z_coef * router["z"]
-        return output._replace(logits=logits, loss=loss, masked_correct=correct)
+        return output._replace(logits=logits, loss=loss, mlm_loss=mlm_loss.detach(), masked_correct=correct)
 
     def predict(self, hidden: Tensor) -> Tensor:
         """hidden [..., D], rows of `last_hidden_state` -> logits [..., V] over the real vocabulary."""

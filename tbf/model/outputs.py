@@ -21,6 +21,8 @@ class EncoderOutput(NamedTuple):
     """[B, M, V] at the masked slots, over the real vocabulary."""
     loss: Tensor | None = None
     """Scalar: cross entropy plus the weighted router losses."""
+    mlm_loss: Tensor | None = None
+    """Scalar: the cross entropy alone, detached."""
     masked_correct: Tensor | None = None
     """Scalar: how many masked slots the model predicts right, detached."""
     router: dict[str, Tensor] | None = None

@@ -5,7 +5,9 @@ Imports neither torch nor DeepSpeed: OpenMP reads its variables once, when the f
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import socket
 import subprocess
 from collections.abc import Mapping, MutableMapping
@@ -15,6 +17,7 @@ import psutil
 
 from tbf.errors import ConfigError
 
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -96,6 +99,22 @@ def set_threads(process: ProcessInfo, env: MutableMapping[str, str] = os.environ
         share = int(env["OMP_NUM_THREADS"])
     env["OMP_NUM_THREADS"] = str(share)
     return share
+
+
+def tune_allocator(env: Mapping[str, str] = os.environ) -> str:
+    """Makes glibc keep freed memory; returns what was done, or why nothing was.
+
+    By default each large tensor is mapped anew and faulted in page by page, which costs more than many of the
+    operations on it. `TBF_MALLOC=0` leaves the allocator alone, as do libraries other than glibc.
+    """
+    if env.get("TBF_MALLOC") == "0":
+        return "left alone by TBF_MALLOC=0"
+    if platform.libc_ver()[0] != "glibc":
+        return "left alone: this is not glibc"
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20)):
+        libc.mallopt(parameter, value)
+    return "glibc keeps freed memory (TBF_MALLOC=0 turns that off)"
 
 
 def has_nvidia_device() -> bool:

@@ -1,0 +1,71 @@
+"""Starts the process group through DeepSpeed and wraps the few collectives that the trainer needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from tbf.errors import EngineError, HardwareError, TbfError
+from tbf.hardware.probe import check_device, cuda_facts
+from tbf.train.environment import ProcessInfo
+
+Result = TypeVar("Result")
+
+
+def start(process: ProcessInfo, on_cpu: bool) -> torch.device:
+    """Joins the process group and returns this rank's device. Raises HardwareError when the card cannot be used."""
+    if not on_cpu and not torch.cuda.is_available():
+        raise HardwareError(
+            f"this machine has an NVIDIA card, but torch {torch.__version__} sees none: check the driver (nvidia-smi) "
+            "and that torch is a CUDA build; to train on the CPU on purpose set DS_ACCELERATOR=cpu"
+        )
+    if not on_cpu:
+        if process.local_rank >= torch.cuda.device_count():
+            raise HardwareError(
+                f"local rank {process.local_rank} has no card: torch sees {torch.cuda.device_count()} on this node; "
+                "start fewer ranks"
+            )
+        check_device(cuda_facts(process.local_rank))
+        torch.cuda.set_device(process.local_rank)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    try:
+        deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
+    except (RuntimeError, ValueError, dist.DistError) as error:
+        raise EngineError(
+            f"rank {process.rank} could not join the process group: {str(error).splitlines()[0]}"
+        ) from None
+    return torch.device("cpu") if on_cpu else torch.device("cuda", process.local_rank)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sums a small tensor over all ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def agree(function: Callable[[], Result]) -> Result:
+    """Runs `function` on rank 0 and gives every rank its result, or its error, so that none is left waiting."""
+    outcome: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except TbfError as error:
+            outcome[1] = error
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,170 @@
+"""Puts a run together: configuration, process group, data, model, engine, trainer; trains; exports."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+import tbf
+from tbf.config import RunConfig, load_run_config
+from tbf.data.loader import BatchLoader, EvaluationRows, PackedDataset
+from tbf.data.masking import MaskSpec
+from tbf.data.prepare import prepare_data
+from tbf.data.tokenizer import SpanishSPMTokenizer
+from tbf.errors import ConfigError
+from tbf.hardware.probe import peak_flops
+from tbf.model.encoder import TormentedBertFrankenstein
+from tbf.train import distributed
+from tbf.train.build_ops import prepare_ops
+from tbf.train.callbacks import default_callbacks
+from tbf.train.checkpoint import CheckpointStore
+from tbf.train.ds_config import EngineConfig, load_ds_config
+from tbf.train.environment import ProcessInfo
+from tbf.train.finish import export_run_folder, print_summary
+from tbf.train.optim import parameter_groups
+from tbf.train.run_folder import choose_run_dir, write_run_files
+from tbf.train.signals import StopRequest
+from tbf.train.trainer import Trainer
+
+
+def train(arguments: argparse.Namespace, process: ProcessInfo, threads: int, allocator: str, cpu_reason: str) -> int:
+    """Trains as the command line of launch/train.py asks; returns the exit code."""
+    say = _speaker(process)
+    run = _run_config(arguments)
+    explicit = {override.partition("=")[0].partition(".")[2] for override in arguments.overrides}
+    engine_config, run = load_ds_config(arguments.ds_config, run, process.world_size, explicit)
+    torch.set_num_threads(threads)
+    say(f"tbf {tbf.__version__}: preset {run.preset}, {process.world_size} rank(s), {threads} thread(s) each"
+        + (f", on the CPU: {cpu_reason}" if cpu_reason else "") + f"; allocator: {allocator}")  # fmt: skip
+    if not prepare_ops(engine_config.needs_cpu_adam, say):
+        engine_config.config["optimizer"]["params"]["torch_adam"] = True
+        say("the optimizer runs as torch's AdamW on the host instead of DeepSpeed's fused one: slower, same result")
+
+    device = distributed.start(process, on_cpu=bool(cpu_reason))
+    try:
+        return _train(arguments, process, run, engine_config, device, say)
+    finally:
+        distributed.stop()
+
+
+def _train(
+    arguments: argparse.Namespace,
+    process: ProcessInfo,
+    run: RunConfig,
+    engine_config: EngineConfig,
+    device: torch.device,
+    say: Any,
+) -> int:
+    run, tokenizer, shards = _prepare_data(run, say if process.local_rank == 0 else None)
+    dataset = PackedDataset(shards, seq_len=run.data.seq_len, seed=run.train.seed, split="train")
+    held_out = PackedDataset(shards, seq_len=run.data.seq_len, seed=run.train.seed, split="validation")
+    mask = MaskSpec.for_tokenizer(
+        tokenizer, run.data.mask_rate, run.data.mask_token_share, run.data.random_token_share, seed=run.train.seed
+    )
+    engine = build_engine(run, engine_config)
+    say(f"model: {engine.module.num_parameters():,} parameters; data: {dataset.rows_per_epoch:,} rows of "
+        f"{run.data.seq_len} tokens an epoch, {held_out.rows_per_epoch:,} held out; "
+        f"global batch {engine.train_batch_size()} rows")  # fmt: skip
+    ranks = {"rank": process.rank, "world_size": process.world_size}
+    loader = BatchLoader(
+        dataset,
+        mask,
+        micro_batch=run.train.micro_batch_size,
+        accumulation=run.train.gradient_accumulation_steps,
+        num_workers=0 if arguments.dry_run else run.data.num_workers,
+        pin_memory=device.type == "cuda",
+        **ranks,
+    )
+    if arguments.dry_run:
+        return _dry_run(engine, loader, device, say)
+
+    run_dir, resumed = distributed.agree(lambda: choose_run_dir(arguments.run_dir, arguments.resume, run))
+    distributed.agree(lambda: write_run_files(run_dir, run, engine_config, tokenizer, process))
+    store = CheckpointStore(
+        run_dir / "checkpoints",
+        keep_last=run.train.keep_last,
+        keep_best=run.train.keep_best,
+        fingerprint=run.fingerprint(),
+    )
+    trainer = Trainer(
+        config=run,
+        engine=engine,
+        process=process,
+        device=device,
+        run_dir=run_dir,
+        loader=loader,
+        evaluation=EvaluationRows(
+            held_out, mask, rows=run.train.eval_rows, micro_batch=run.train.micro_batch_size, **ranks
+        ),
+        checkpoints=store,
+        callbacks=default_callbacks(run, run_dir, is_main=process.rank == 0),
+        stop_request=StopRequest(run_dir),
+        peak_flops=peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+    )
+    if resumed is not None:
+        trainer.load_state_dict(store.load(engine, resumed, **ranks))
+        say(f"resumed from {resumed} at step {trainer.step}")
+    say(f"run folder: {run_dir}")
+    with trainer.stop_request:
+        status = trainer.fit()
+    if process.rank == 0:
+        export = export_run_folder(run_dir) if status == "done" and run.train.export_at_end else None
+        print_summary(run_dir, arguments.ds_config, arguments.preset, status, export)
+    return trainer.stop_request.exit_code if status == "stopped" else 0
+
+
+def build_engine(run: RunConfig, engine_config: EngineConfig) -> Any:
+    """Builds the seeded model, equal on every rank, and gives it to DeepSpeed."""
+    torch.manual_seed(run.train.seed)
+    model = TormentedBertFrankenstein(run.model)
+    model.set_activation_checkpointing(engine_config.checkpointing.granularity)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model, run.train.weight_decay),
+        config=engine_config.config,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def _run_config(arguments: argparse.Namespace) -> RunConfig:
+    run = load_run_config(arguments.preset, arguments.overrides)
+    flags = {"source": arguments.data, "tokenizer": arguments.tokenizer}
+    run = run.replace(data={key: value for key, value in flags.items() if value is not None})
+    return run.replace(train={"max_steps": arguments.max_steps}) if arguments.max_steps is not None else run
+
+
+def _prepare_data(run: RunConfig, say: Any) -> tuple[RunConfig, SpanishSPMTokenizer, Path]:
+    """Every rank asks; the first on each node does the work behind a lock, the others find it done."""
+    given = SpanishSPMTokenizer.from_pretrained(run.data.tokenizer) if run.data.tokenizer else None
+    if given and run.data.vocab_size not in (0, given.vocab_size):
+        raise ConfigError(
+            f"the tokenizer {run.data.tokenizer} has {given.vocab_size} tokens, but vocab_size is "
+            f"{run.data.vocab_size}; leave vocab_size out, the tokenizer decides"
+        )
+    shards, tokenizer = prepare_data(
+        run.data, given, run.data.cache_dir, vocab_size=run.data.wanted_vocab_size, progress=say is not None
+    )
+    size = tokenizer.vocab_size
+    model = dataclasses.replace(
+        run.model, vocab_size=size, pad_token_id=tokenizer.pad_id, mask_token_id=tokenizer.mask_id
+    )
+    return dataclasses.replace(run, model=model), tokenizer, shards
+
+
+def _dry_run(engine: Any, loader: BatchLoader, device: torch.device, say: Any) -> int:
+    batch = {name: tensor.to(device) for name, tensor in next(iter(loader))[0].items()}
+    output = engine(**batch)
+    engine.backward(output.loss)
+    say(f"dry run: one forward and backward pass gave a loss of {output.loss.item():.4f}; nothing was written")
+    return 0
+
+
+def _speaker(process: ProcessInfo) -> Any:
+    """Rank 0 speaks for all."""
+    return (lambda text: print(text, flush=True)) if process.rank == 0 else (lambda text: None)

@@ -1,0 +1,205 @@
+"""The training loop: rows in, one optimizer step at a time, callbacks around it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tbf.config import RunConfig
+from tbf.data.loader import BatchLoader, EvaluationRows
+from tbf.errors import TrainingHalted
+from tbf.model.flops import training_flops_per_token
+from tbf.train.callbacks.base import CallbackList, StepMetrics
+from tbf.train.checkpoint import CheckpointStore
+from tbf.train.distributed import sum_over_ranks
+from tbf.train.emergency import write_emergency
+from tbf.train.environment import ProcessInfo
+from tbf.train.order_guard import GradientOrderGuard
+from tbf.train.schedule import learning_rate, weight_decay
+from tbf.train.signals import StopRequest
+
+log = logging.getLogger("tbf")
+
+Batch = dict[str, torch.Tensor]
+
+
+class Trainer:
+    """Trains through a DeepSpeed engine until `max_steps`, a stop request or the guard.
+
+    A step is counted whether or not it was applied, so that the data cursor, the schedule and the step agree.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        engine: Any,
+        process: ProcessInfo,
+        device: torch.device,
+        run_dir: Path,
+        loader: BatchLoader,
+        evaluation: EvaluationRows,
+        checkpoints: CheckpointStore,
+        callbacks: CallbackList,
+        stop_request: StopRequest,
+        peak_flops: float | None = None,
+    ) -> None:
+        self.config, self.engine, self.device, self.run_dir = config, engine, device, run_dir
+        self.rank, self.world_size = process.rank, process.world_size
+        self.loader, self.evaluation = loader, evaluation
+        self.checkpoints, self.callbacks, self.stop_request = checkpoints, callbacks, stop_request
+        self.max_steps = config.train.max_steps
+        self.step = self.tokens = self.bad_steps = self.skipped = 0
+        self.val_loss: float | None = None
+        self.peak_flops = peak_flops
+        self._order_guard = GradientOrderGuard(engine.module)
+        self._flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
+        self._process = psutil.Process()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def fit(self) -> str:
+        """Trains to the end; returns "done" or "stopped". Raises TrainingHalted when the guard gives up."""
+        status = "failed"
+        self.callbacks.on_start(self)
+        try:
+            steps = iter(self.loader)
+            while self.step < self.max_steps and not self.stop_request.agreed:
+                self.callbacks.on_step(self, self.train_step(steps))
+            status = "done" if self.step >= self.max_steps else "stopped"
+        except TrainingHalted:
+            status = "halted"
+            raise
+        finally:
+            self.callbacks.on_end(self, status)
+        return status
+
+    def train_step(self, steps: Any) -> StepMetrics:
+        """One optimizer step over this rank's share of the global batch."""
+        started = time.perf_counter()
+        batches: list[Batch] = [self._to_device(batch) for batch in next(steps)]
+        data_wait = time.perf_counter() - started
+
+        self._set_hyperparameters()
+        self.engine.train()
+        masked = sum_over_ranks(count_masked(batches))
+        denominator = masked / (self.world_size * len(batches))  # undoes the engine's mean over ranks and micro-steps
+        totals = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, tokens, stop
+        for batch in batches:
+            output = self.engine(**batch, loss_denominator=denominator)
+            self.engine.backward(nan_if_not_finite(output.loss))
+            self._order_guard.check()
+            self.engine.step()
+            totals[0] += output.mlm_loss / (self.world_size * len(batches))
+            totals[1] += output.masked_correct
+            totals[2] += (batch["segment_ids"] > 0).sum()
+        totals[3] += self.stop_request.requested
+        loss, correct, tokens, stop = sum_over_ranks(totals).tolist()
+
+        applied = self.engine.was_step_applied()
+        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        self.step += 1
+        self.tokens += int(tokens)
+        self.stop_request.agree(stop)
+        self._guard(applied, loss, grad_norm, batches)
+        return self._metrics(loss, correct / masked.item(), grad_norm, tokens, time.perf_counter() - started, data_wait)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Masked loss (nats) and accuracy over the held-out rows, equal whatever the number of ranks."""
+        self.engine.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss sum, correct, masked
+        for batch in self.evaluation:
+            batch = self._to_device(batch)
+            output = self.engine(**batch, loss_denominator=1.0)
+            totals[0] += output.mlm_loss
+            totals[1] += output.masked_correct
+            totals[2] += count_masked([batch])
+        self.engine.train()
+        loss, correct, masked = sum_over_ranks(totals).tolist()
+        self.val_loss = loss / masked
+        return {"val_loss": self.val_loss, "val_masked_accuracy": correct / masked}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the engine's own state: plain numbers only."""
+        return {
+            "step": self.step,
+            "cursor": self.loader.cursor,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "bad_steps": self.bad_steps,
+            "val_loss": self.val_loss,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
+        self.bad_steps, self.val_loss = state["bad_steps"], state["val_loss"]
+        self.loader.cursor = state["cursor"]
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _set_hyperparameters(self) -> None:
+        train = self.config.train
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, train)
+            if group["weight_decay"] > 0 or group.get("name") == "decayed":
+                group["weight_decay"] = weight_decay(self.step, train)
+
+    def _guard(self, applied: bool, loss: float, grad_norm: float, batches: list[Batch]) -> None:
+        """Counts the non-finite steps, which DeepSpeed skips on every rank without a word; halts on a row of them."""
+        if applied:
+            self.bad_steps = 0
+            return
+        self.skipped += 1
+        self.bad_steps += 1
+        log.warning(
+            "step %d skipped on every rank: loss %s, gradient norm %s (%d in a row, halting at %d)",
+            *(self.step, loss, grad_norm, self.bad_steps, self.config.train.max_bad_steps),
+        )
+        if self.bad_steps >= self.config.train.max_bad_steps:
+            folder = write_emergency(self, batches, loss, grad_norm)
+            raise TrainingHalted(
+                f"{self.bad_steps} non-finite steps in a row up to step {self.step} (loss {loss}); state, batch and "
+                f"diagnosis are in {folder}. Lower train.learning_rate and resume, or look at the batch"
+            )
+
+    def _metrics(
+        self, loss: float, accuracy: float, grad_norm: float, tokens: float, seconds: float, data_wait: float
+    ) -> StepMetrics:
+        rate = tokens / seconds
+        peak = (self.peak_flops or math.nan) * self.world_size
+        return StepMetrics(
+            step=self.step,
+            epoch=self.loader.epoch,
+            tokens=self.tokens,
+            loss=loss,
+            masked_accuracy=accuracy,
+            lr=learning_rate(self.step - 1, self.config.train),
+            grad_norm=grad_norm,
+            tokens_per_s=rate,
+            mfu=rate * self._flops_per_token / peak,
+            device_mem_gb=torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else 0.0,
+            host_mem_gb=self._process.memory_info().rss / 1e9,
+            data_wait=data_wait / seconds,
+            skipped=self.skipped,
+            eta_s=(self.max_steps - self.step) * seconds,
+        )
+
+
+def count_masked(batches: list[Batch]) -> torch.Tensor:
+    """Number of positions that carry loss, as a tensor on the batches' device."""
+    return torch.stack([(batch["masked_labels"] != -100).sum() for batch in batches]).sum().float()
+
+
+def nan_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
+    """Turns an infinite loss into NaN gradients, without a sync, so that the engine's norm check skips the step."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
