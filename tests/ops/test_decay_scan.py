@@ -30,7 +30,7 @@ def test_equals_the_recurrence(reverse, inclusive, seg, chunk_size):
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5),
     chunk_size=st.integers(1, 20),

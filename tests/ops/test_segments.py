@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tbf.errors import ConfigError
@@ -27,6 +27,7 @@ def per_document(x, weight, seg):
     return y
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     taps=st.sampled_from([1, 3, 5, 7]),
