@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -15,18 +17,29 @@ RUNS = {1: {"zero2": 2}, 2: {"zero1": 1, "zero3": 3}}
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Saved, dict[str, tuple[Path, dict]]]:
-    """Everything that DeepSpeed has to write, made by two short jobs, since starting one takes seconds."""
+    """Everything that DeepSpeed has to write: two short jobs, started once even when pytest runs in parallel."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "checkpoints"
+    root.mkdir(exist_ok=True)
     toys, runs = {}, {}
+    with (root / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for world_size, stages in RUNS.items():
+            folder = root / f"ranks{world_size}"
+            if not (folder / "live.pt").exists():
+                _save(folder, world_size, stages)
+            live_toys, live_runs = torch.load(folder / "live.pt")
+            toys |= {(stage, world_size): (folder / f"toy{stage}" / "tag", live) for stage, live in live_toys.items()}
+            runs |= {name: (folder / name, live) for name, live in live_runs.items()}
+    return toys, runs
+
+
+def _save(folder: Path, world_size: int, stages: dict[str, int]) -> None:
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer)
-    for world_size, stages in RUNS.items():
-        root = tmp_path_factory.mktemp(f"ranks{world_size}")
-        for name in stages:
-            save_run_files(root / name, config, tokenizer)
-        live_toys, live_runs = run_distributed(save_everything, world_size, root, stages, config)[0]
-        toys.update({(stage, world_size): (root / f"toy{stage}" / "tag", live_toys[stage]) for stage in live_toys})
-        runs.update({name: (root / name, live_runs[name]) for name in stages})
-    return toys, runs
+    for name in stages:
+        save_run_files(folder / name, config, tokenizer)
+    torch.save(run_distributed(save_everything, world_size, folder, stages, config)[0], folder / "live.pt")
 
 
 @pytest.fixture(scope="session")

@@ -33,8 +33,9 @@ def same(model: torch.nn.Module, live: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, live[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("format", ["safetensors", "torch"])
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("name", "format"), [("zero1", "safetensors"), ("zero2", "torch"), ("zero3", "safetensors"), ("zero3", "torch")]
+)
 def test_export_is_the_live_model(runs: Runs, name: str, format: str, tmp_path: Path) -> None:
     run_dir, live = runs[name]
     out = export_run(run_dir, tmp_path / "out", format=format)
@@ -80,7 +81,7 @@ def test_bare_deepspeed_folder(runs: Runs, tmp_path: Path) -> None:
     model, tokenizer = load_pretrained(out)
     assert same(model, live[4])
     assert tokenizer is not None
-    without = export_run(bare / "tag", tmp_path / "out2", config=out / "config.json")
+    without = export_run(bare / "tag", tmp_path / "out2", config=out / "config.json", verify=False)
     assert load_pretrained(without)[1] is None
 
 
@@ -298,11 +299,7 @@ def test_converter_refuses_wrong_usage(repo_root: Path, tmp_path: Path) -> None:
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True)
     assert "python tools/convert_ckpt.py runs/mini-1 exported" in shown.stdout
     assert "{safetensors,torch}" in shown.stdout
-    for arguments, code in [
-        ([], 2),
-        ([str(tmp_path), "out", "--format", "hf"], 2),
-        ([str(tmp_path), str(tmp_path / "o")], 4),
-    ]:
+    for arguments, code in [(["x", "out", "--format", "hf"], 2), ([str(tmp_path), str(tmp_path / "out")], 4)]:
         done = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert done.returncode == code
         assert "Traceback" not in done.stderr
