@@ -1,4 +1,4 @@
-"""Feed-forward blocks: dense here, mixture of experts in `tbf.model.moe`.
+"""The dense feed-forward block; `tbf.model.moe` has the one with experts.
 
 Shapes: `B` batch, `T` tokens, `D` hidden, `F` inner width.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tbf.errors import ConfigError
 from tbf.model.bitlinear import BitLinear
 from tbf.model.config import UltraConfig
 from tbf.model.segment_info import SegmentInfo
@@ -29,25 +28,10 @@ class FeedForward(nn.Module):
         self.down_proj = BitLinear(size, config.hidden_size, ternary=config.use_bitnet, sub_norm=True)
 
     def forward(self, u: Tensor, info: SegmentInfo, loop: int = 0) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """u [B, T, D], normed -> ([B, T, D], no router statistics)."""
+        """u [B, T, D], normed -> ([B, T, D], None: there is no router)."""
         if self.gated:
             gate, up = self.up_proj(u)  # [B, T, F] each
             inner = self.activation(gate) * up
         else:
             inner = self.activation(self.up_proj(u))  # [B, T, F]
         return self.down_proj(inner), None
-
-
-def build_ffn(config: UltraConfig) -> nn.Module:
-    """The block called as ffn(u [B, T, D], info, loop) -> ([B, T, D], router statistics or None).
-
-    Router statistics are returned rather than stored, so that recomputing a checkpointed layer can't count them twice.
-    Raises ConfigError when experts are asked for and this version has none.
-    """
-    if not config.use_moe:
-        return FeedForward(config)
-    try:
-        from tbf.model.moe import MixtureOfExperts
-    except ImportError:
-        raise ConfigError("use_moe is true, but this version has no mixture of experts; set use_moe: false") from None
-    return MixtureOfExperts(config)

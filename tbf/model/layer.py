@@ -10,21 +10,25 @@ from functools import partial
 from torch import Tensor, nn
 
 from tbf.model.config import UltraConfig
-from tbf.model.ffn import build_ffn
+from tbf.model.ffn import FeedForward
 from tbf.model.mixers import MIXERS
+from tbf.model.moe import MixtureOfExperts
 from tbf.model.norms import build_norm
 from tbf.model.segment_info import SegmentInfo
 
 
 class HybridLayer(nn.Module):
-    """x + Mixer(x), then x + FFN(Norm(x)). The mixer norms its own input: an ODE one does so at every stage."""
+    """x + Mixer(x), then x + FFN(Norm(x)). The mixer norms its own input: an ODE one does so at every stage.
+
+    Router statistics are returned rather than stored, so that recomputing a layer can't count them twice.
+    """
 
     def __init__(self, config: UltraConfig, mixer: str, window: int) -> None:
         super().__init__()
         self.mixer_norm = build_norm(config)
         self.mixer = MIXERS[mixer](config, window)
         self.ffn_norm = build_norm(config)
-        self.ffn = build_ffn(config)
+        self.ffn = MixtureOfExperts(config) if config.use_moe else FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, info: SegmentInfo, loop: int = 0) -> tuple[Tensor, dict[str, Tensor] | None]:

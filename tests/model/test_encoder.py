@@ -39,6 +39,18 @@ def test_variants_train(all_mixers, token_ids, changes):
         assert torch.isfinite(parameter.grad).all(), name
 
 
+def test_router_losses_join_the_loss_with_their_coefficients(tiny, lively, token_ids):
+    config = tiny(layer_pattern=["standard_attn"], num_loops=2, use_moe=True)
+    model = lively(config)
+    ids, labels = token_ids(2, 9), token_ids(2, 9, seed=2)
+    out = model(ids, labels=labels)
+    logits = model.predict(out.last_hidden_state).flatten(0, 1)
+    cross_entropy = torch.nn.functional.cross_entropy(logits, labels.flatten())
+    expected = cross_entropy + 1e-2 * out.router["balance"] + 1e-3 * out.router["z"]
+    torch.testing.assert_close(out.loss, expected)
+    assert out.router["balance"] > 0.5
+
+
 def test_every_mixer_can_overfit_one_batch(one_mixer, token_ids):
     torch.manual_seed(0)
     model = TormentedBertFrankenstein(one_mixer.replace(use_bitnet=True))

@@ -1,11 +1,10 @@
-"""Feed-forward blocks against their formulas."""
+"""The dense feed-forward block against its formulas."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tbf.errors import ConfigError
-from tbf.model.ffn import build_ffn
+from tbf.model.ffn import FeedForward
 
 FORMULAS = {
     "relu2": lambda a: a.clamp(min=0) ** 2,
@@ -17,18 +16,12 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("activation", FORMULAS)
-def test_dense_block(tiny, activation):
+def test_dense_block_follows_its_formula(tiny, activation):
     torch.manual_seed(0)
-    ffn = build_ffn(tiny(layer_pattern=["retnet"], ffn_activation=activation, ffn_hidden_size=24))
+    ffn = FeedForward(tiny(layer_pattern=["retnet"], ffn_activation=activation, ffn_hidden_size=24))
     u = torch.randn(2, 3, 32)
     pieces = (u @ ffn.up_proj.weight.T).split(24, -1)
     inner = F.rms_norm(FORMULAS[activation](*pieces), (24,), eps=1e-5)
     out, stats = ffn(u, None)
     torch.testing.assert_close(out, inner @ ffn.down_proj.weight.T, rtol=1e-4, atol=1e-5)
     assert stats is None
-
-
-def test_experts_are_refused_while_there_are_none(tiny, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tbf.model.moe", None)
-    with pytest.raises(ConfigError, match="use_moe"):
-        build_ffn(tiny(layer_pattern=["retnet"], use_moe=True))

@@ -28,9 +28,10 @@ def gradients(model, inputs, **extra):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("mode", ["none", "layer", "loop"])
-def test_each_gradient_hook_fires_once(all_mixers, lively, token_ids, mode):
-    model = lively(all_mixers.replace(ode_steps=2))
+def test_each_gradient_hook_fires_once(all_mixers, lively, token_ids, mode, experts):
+    model = lively(all_mixers.replace(ode_steps=2, use_moe=experts))
     model.set_activation_checkpointing(mode)
     fired = dict.fromkeys(dict(model.named_parameters()), 0)
 
