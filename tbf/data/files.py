@@ -53,8 +53,11 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file aside, flushes it to the disk and renames it, so that a reader sees all of it or nothing."""
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Writes a file aside, flushes it to the disk and renames it, so that a reader sees all of it or nothing.
+
+    `durable=False` leaves the flushing of the rename to the caller (`sync_folder`), for many files in a row.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with write_errors(path):
         try:
@@ -65,7 +68,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

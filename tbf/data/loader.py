@@ -283,6 +283,10 @@ class BatchLoader:
         finally:
             self.close()
 
+    def worker_pids(self) -> list[int]:
+        """Process ids of the running workers."""
+        return [process.pid for process in getattr(self._iterator, "_workers", [])]
+
     def close(self) -> None:
         """Ends the worker processes."""
         self._iterator = None

@@ -189,7 +189,7 @@ def _pack_shard(index: ShardIndex, shard: ShardInfo, folder: Path, seq_len: int,
         rows = pack([size + 2 for _, size in pieces], seq_len)
         firsts = np.cumsum([0] + [len(row) for row in rows]).astype("<u4")
         segments = np.array([pieces[item] for row in rows for item in row], "<u4").reshape(-1, 2)
-        write_bytes(folder / f"{shard.name}.{split}.rows", firsts.tobytes() + segments.tobytes())
+        write_bytes(folder / f"{shard.name}.{split}.rows", firsts.tobytes() + segments.tobytes(), durable=False)
         tokens = int(segments[:, 1].sum(dtype=np.int64)) + 2 * len(segments)
         tables.append(RowTable(shard.name, shard.source, len(rows), len(segments), tokens))
     return tables

@@ -82,21 +82,21 @@ def _read_parquet(part: Part, problems: Problems) -> Iterator[str]:
     table = open_parquet(part.path, part.column, problems)
     if table is None:
         return
-    groups = list(range(part.start, table.metadata.num_row_groups if part.end < 0 else part.end))
-    batches = table.iter_batches(_ROWS, row_groups=groups, columns=[part.column], use_threads=False)
-    try:
-        for batch in batches:
-            values = batch.column(0)
-            if pa.types.is_dictionary(values.type):
-                values = values.dictionary_decode()
-            # As bytes: one value that is not UTF-8 must not take its neighbours along.
-            for value in values.cast(pa.large_binary()).to_pylist():
-                if value is None:
-                    problems.record("null")
-                elif (text := _decode(value, part.path, "a value", problems)) is not None:
-                    yield text
-    except (pa.ArrowException, OSError) as error:
-        problems.file(part.path, f"damaged data ({first_line(error)}); kept what came before, copy the file again")
+    for group in range(part.start, table.metadata.num_row_groups if part.end < 0 else part.end):
+        try:
+            for batch in table.iter_batches(_ROWS, row_groups=[group], columns=[part.column], use_threads=False):
+                values = batch.column(0)
+                if pa.types.is_dictionary(values.type):
+                    values = values.dictionary_decode()
+                # As bytes: one value that is not UTF-8 must not take its neighbours along.
+                for value in values.cast(pa.large_binary()).to_pylist():
+                    if value is None:
+                        problems.record("null")
+                    elif (text := _decode(value, part.path, "a value", problems)) is not None:
+                        yield text
+        except (pa.ArrowException, OSError) as error:
+            problems.record("damaged_row_group")
+            problems.file(part.path, f"damaged data ({first_line(error)}); kept what can be read, copy the file again")
 
 
 def first_line(error: Exception) -> str:

@@ -164,7 +164,7 @@ class ShardWriter:
         info.sha256 = {"bin": self._digest.hexdigest(), "idx": hashlib.sha256(index).hexdigest()}
         with write_errors(self._aside):
             self._aside.replace(self.folder / f"{self.name}.bin")
-        write_bytes(self.folder / f"{self.name}.idx", index)
+        write_bytes(self.folder / f"{self.name}.idx", index, durable=False)
         write_json(self.folder / f"{self.name}.json", info.to_dict())
         return info
 

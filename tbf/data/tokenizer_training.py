@@ -6,12 +6,11 @@ forgotten when the table is full, and SentencePiece sees each word once with its
 
 from __future__ import annotations
 
+import io
 import logging
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 import sentencepiece
 
@@ -51,7 +50,8 @@ class WordCounter:
             for word, n in self.counts.items()
             if len(word) <= LONGEST_WORD and not any(special in word for special in SPECIAL_TOKENS)
         )
-        return [f"{word}\t{n}" for word, n in sorted(kept, key=lambda item: (-item[1], item[0]))]
+        lines = (f"{word}\t{n}" for word, n in sorted(kept, key=lambda item: (-item[1], item[0])))
+        return [line.encode("utf-8", "ignore").decode("utf-8") for line in lines]  # no lone surrogates
 
 
 def train_model(
@@ -81,32 +81,26 @@ def train_model(
     lines = counter.lines()
     if not lines:
         raise DataError("no words to train a tokenizer on; give a source with text")
-    with tempfile.TemporaryDirectory(prefix="tbf-tokenizer-") as folder:
-        words = Path(folder) / "words.tsv"
-        words.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="ignore")
-        del lines
-        counter.counts.clear()
-        prefix = str(Path(folder) / "tokenizer")
-        wanted = vocab_size
-        while True:
-            try:
-                _train(words, prefix, wanted, model_type, character_coverage)
-                break
-            except RuntimeError as error:
-                wanted = _possible_size(str(error), wanted)
-        if wanted != vocab_size:
-            log.warning(
-                "tokenizer: this text supports %d ids, not the %d asked for; using %d", wanted, vocab_size, wanted
-            )
-        return Path(f"{prefix}.model").read_bytes()
+    counter.counts.clear()
+    wanted = vocab_size
+    while True:
+        try:
+            model = _train(lines, wanted, model_type, character_coverage)
+            break
+        except RuntimeError as error:
+            wanted = _possible_size(str(error), wanted)
+    if wanted != vocab_size:
+        log.warning("tokenizer: this text supports %d ids, not the %d asked for; using %d", wanted, vocab_size, wanted)
+    return model
 
 
-def _train(words: Path, prefix: str, vocab_size: int, model_type: str, character_coverage: float) -> None:
+def _train(lines: list[str], vocab_size: int, model_type: str, character_coverage: float) -> bytes:
     pad, unk, cls, sep, mask = SPECIAL_TOKENS
+    model = io.BytesIO()  # in memory: a path would become part of the model and of its fingerprint
     sentencepiece.SentencePieceTrainer.train(
-        input=str(words),
+        sentence_iterator=iter(lines),
         input_format="tsv",
-        model_prefix=prefix,
+        model_writer=model,
         vocab_size=vocab_size,
         model_type=model_type,
         character_coverage=character_coverage,
@@ -125,6 +119,7 @@ def _train(words: Path, prefix: str, vocab_size: int, model_type: str, character
         control_symbols=[mask],
         minloglevel=2,
     )
+    return model.getvalue()
 
 
 def _possible_size(message: str, wanted: int) -> int:
