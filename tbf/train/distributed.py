@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -35,7 +37,8 @@ def start(process: ProcessInfo, on_cpu: bool) -> torch.device:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
-        deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints on every rank
+            deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise EngineError(
             f"rank {process.rank} could not join the process group: {str(error).splitlines()[0]}"

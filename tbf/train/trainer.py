@@ -61,6 +61,7 @@ class Trainer:
         self._order_guard = GradientOrderGuard(engine.module)
         self._flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
         self._process = psutil.Process()
+        self._step_seconds: float | None = None
 
     @property
     def is_main(self) -> bool:
@@ -191,8 +192,13 @@ class Trainer:
             host_mem_gb=self._process.memory_info().rss / 1e9,
             data_wait=data_wait / seconds,
             skipped=self.skipped,
-            eta_s=(self.max_steps - self.step) * seconds,
+            eta_s=(self.max_steps - self.step) * self._smoothed(seconds),
         )
+
+    def _smoothed(self, seconds: float) -> float:
+        """Seconds a step takes lately, for the time left."""
+        self._step_seconds = seconds if self._step_seconds is None else 0.9 * self._step_seconds + 0.1 * seconds
+        return self._step_seconds
 
 
 def count_masked(batches: list[Batch]) -> torch.Tensor:
