@@ -1,0 +1,210 @@
+"""The quantisers and the GEMM of csrc/ternary_cpu.cpp as Python functions on CPU tensors in FP32.
+
+Shapes: `M` rows (tokens), `N` output features, `D` input features, `K` inner dimension, `S` slices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tbf.ops.ternary_build import load_library
+from tbf.ops.ternary_reference import ACTIVATION_EPS, GRADIENT_EPS, WEIGHT_EPS, Quantised, ReferenceTools
+
+PANEL = 16  # rows of the GEMM's right operand that lie together
+TERNARY_ZERO_POINT, INT8_ZERO_POINT = 1, 128  # what makes the right operand unsigned
+
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "tbf_has_gemm": [],
+    "tbf_has_threads": [],
+    "tbf_quantise_rows": [_P, _L, _L, _L, _F, _P, _F, _P, _L, _P, _P, _P, _I],
+    "tbf_rms_norm_backward": [_P, _P, _L, _L, _L, _P, _P, _P, _P, _I],
+    "tbf_ternarise": [_P, _L, _L, _F, _P, _P, _I],
+    "tbf_pack_rows": [_P, _L, _L, _L, _I, _P, _I],
+    "tbf_pack_columns": [_P, _L, _L, _L, _I, _P, _I],
+    "tbf_quantise_gradient": [*[_P] * 4, _I, _L, _P, _F, _I, _P, _P, _L, *[_P] * 5, _I, *[_P] * 3, _I],
+    "tbf_scale_products": [_P, _P, _L, _L, _P, _P, _P, _L, _I],
+    "tbf_gemm": [_P, _P, _I, _L, _L, _P, _L, _L, _I, *[_P] * 5, _L, _I],
+}
+
+
+@functools.lru_cache(maxsize=1)
+def native_tools() -> NativeTools | None:
+    """The compiled quantisers, or None where no compiler is."""
+    library = load_library()
+    return NativeTools(library) if library is not None else None
+
+
+class NativeTools(ReferenceTools):
+    """Same results as ReferenceTools, bit for bit, several times faster; CPU tensors in FP32 only."""
+
+    name = "c++"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes = arguments
+            function.restype = _I if name in ("tbf_has_gemm", "tbf_has_threads", "tbf_gemm") else None
+        self._library = library
+        self.has_gemm = bool(library.tbf_has_gemm())
+
+    def quantise_rows(
+        self, x: Tensor, gain: Tensor | None = None, norm_eps: float = 0.0
+    ) -> tuple[Quantised, Tensor | None]:
+        rows, cols = x.shape
+        high = torch.empty(rows, round_up(cols, 4), dtype=torch.int8)  # the GEMM reads groups of 4
+        scale, total = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
+        rrms = torch.empty(rows) if gain is not None else None
+        # fmt: off
+        self._library.tbf_quantise_rows(
+            x.data_ptr(), rows, cols, x.stride(0), ACTIVATION_EPS, _pointer(gain), norm_eps, high.data_ptr(),
+            high.stride(0), scale.data_ptr(), total.data_ptr(), _pointer(rrms), torch.get_num_threads(),
+        )
+        # fmt: on
+        return Quantised(high, scale, total=total), rrms
+
+    def norm_backward(self, dy: Tensor, x: Tensor, gain: Tensor, rrms: Tensor) -> tuple[Tensor, Tensor]:
+        dx, dgain = torch.empty_like(dy), torch.empty_like(gain)
+        # fmt: off
+        self._library.tbf_rms_norm_backward(
+            dy.data_ptr(), x.data_ptr(), *x.shape, x.stride(0), gain.data_ptr(), rrms.data_ptr(), dx.data_ptr(),
+            dgain.data_ptr(), torch.get_num_threads(),
+        )
+        # fmt: on
+        return dx, dgain
+
+    def ternarise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight = weight.contiguous()
+        values, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(())
+        self._library.tbf_ternarise(
+            weight.data_ptr(), *weight.shape, WEIGHT_EPS, values.data_ptr(), scale.data_ptr(), torch.get_num_threads()
+        )
+        return values, scale
+
+    def quantise_gradient(
+        self,
+        dys: Sequence[Tensor],
+        scales: Tensor,
+        row_factor: Tensor | None,
+        *,
+        low: bool,
+        rows: bool,
+        columns: bool,
+        tiled: bool = False,
+    ) -> tuple[Quantised | None, Quantised | None]:
+        """As in ReferenceTools; `tiled` gives the columns as the GEMM's left operand, parts and sums included."""
+        m, widths = len(dys[0]), [dy.shape[1] for dy in dys]
+        n = sum(widths)
+        by_row = _empty_quantised((m, round_up(n, 4)), m, low) if rows else None
+        by_column = None
+        if columns and tiled:
+            by_column = _empty_quantised((tiles_bytes(m, n, low),), n, low, whole=True)
+        elif columns:
+            by_column = _empty_quantised((m, n), n, low)
+        pointers = (_P * len(dys))(*[dy.data_ptr() for dy in dys])
+        strides = (_L * len(dys))(*[dy.stride(0) for dy in dys])
+        # fmt: off
+        self._library.tbf_quantise_gradient(
+            pointers, (_L * len(dys))(*widths), strides, scales.data_ptr(), len(dys), m, _pointer(row_factor),
+            GRADIENT_EPS, low,
+            *_pointers(by_row, "high", "low"), round_up(n, 4), *_pointers(by_row, "scale", "total", "low_total"),
+            *_pointers(by_column, "high", "low"), tiled, *_pointers(by_column, "scale", "total", "low_total"),
+            torch.get_num_threads(),
+        )
+        # fmt: on
+        if by_row is not None and by_row.high.shape[1] != n and not tiled:  # only the GEMM wants the padding
+            by_row.high, by_row.low = by_row.high[:, :n], by_row.low[:, :n] if low else None
+        return by_row, by_column
+
+    def scale_products(self, high: Tensor, low: Tensor | None, row_scale: Tensor, scale: Tensor) -> Tensor:
+        if high.dtype != torch.int32:
+            return super().scale_products(high, low, row_scale, scale)
+        out = torch.empty(high.shape)
+        # fmt: off
+        self._library.tbf_scale_products(
+            high.data_ptr(), _pointer(low), *high.shape, row_scale.data_ptr(), scale.data_ptr(), out.data_ptr(),
+            out.stride(0), torch.get_num_threads(),
+        )
+        # fmt: on
+        return out
+
+    def pack_rows(self, values: Tensor, zero_point: int) -> Tensor:
+        """Packs int8 values [R, K] as the GEMM's right operand, R its output columns."""
+        rows, inner = values.shape
+        panels = torch.empty(panels_bytes(rows, inner), dtype=torch.uint8)
+        self._library.tbf_pack_rows(
+            values.data_ptr(), rows, inner, values.stride(0), zero_point, panels.data_ptr(), torch.get_num_threads()
+        )
+        return panels
+
+    def pack_columns(self, values: Tensor, rows: int, zero_point: int) -> Tensor:
+        """Packs the first `rows` columns of int8 values [K, >= rows] as the GEMM's right operand."""
+        inner = len(values)
+        panels = torch.empty(panels_bytes(rows, inner), dtype=torch.uint8)
+        self._library.tbf_pack_columns(
+            values.data_ptr(), inner, rows, values.stride(0), zero_point, panels.data_ptr(), torch.get_num_threads()
+        )
+        return panels
+
+    def gemm(
+        self,
+        left: Quantised,
+        rows: int,
+        right: Tensor,
+        cols: int,
+        inner: int,
+        *,
+        zero_point: int,
+        scale: Tensor,
+        tiled: bool = False,
+    ) -> Tensor:
+        """left [rows, inner] times the packed right operand [cols, inner], transposed, scaled: FP32 [rows, cols]."""
+        out = torch.empty(rows, cols)
+        low = left.high if tiled and left.low_total is not None else left.low
+        # fmt: off
+        self._library.tbf_gemm(
+            left.high.data_ptr(), _pointer(low), tiled, rows, 0 if tiled else left.high.stride(0), right.data_ptr(),
+            cols, inner, zero_point, _pointer(left.total), _pointer(left.low_total), left.scale.data_ptr(),
+            scale.data_ptr(), out.data_ptr(), cols, torch.get_num_threads(),
+        )
+        # fmt: on
+        return out
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The next multiple of `multiple`, `n` itself included."""
+    return -(-n // multiple) * multiple
+
+
+def panels_bytes(rows: int, inner: int) -> int:
+    """Bytes of a right operand [rows, inner]."""
+    return round_up(rows, PANEL) * round_up(inner, 4)
+
+
+def tiles_bytes(inner: int, rows: int, low: bool) -> int:
+    """Bytes of a tiled left operand [rows, inner], both parts included."""
+    return -(-rows // (4 if low else 8)) * round_up(inner, 4) * 8
+
+
+def _empty_quantised(shape: tuple[int, ...], scales: int, low: bool, whole: bool = False) -> Quantised:
+    """Room for a gradient; `whole`: `high` holds the low part too."""
+    return Quantised(
+        torch.empty(shape, dtype=torch.int8),
+        torch.empty(scales),
+        torch.empty(shape, dtype=torch.int8) if low and not whole else None,
+        torch.empty(scales, dtype=torch.int32),
+        torch.empty(scales, dtype=torch.int32) if low else None,
+    )
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _pointers(q: Quantised | None, *names: str) -> list[int | None]:
+    return [None if q is None else _pointer(getattr(q, name)) for name in names]
