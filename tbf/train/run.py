@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ def _train(
         return _dry_run(engine, loader, device, say)
 
     run_dir, resumed = distributed.agree(lambda: choose_run_dir(arguments.run_dir, arguments.resume, run))
-    distributed.agree(lambda: write_run_files(run_dir, run, engine_config, tokenizer, process))
+    held = contextlib.ExitStack()  # keeps a second process out of the run folder, until this one ends
+    distributed.agree(lambda: write_run_files(run_dir, run, engine_config, tokenizer, process, held))
     store = CheckpointStore(
         run_dir / "checkpoints",
         keep_last=run.train.keep_last,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ from tbf.config import RunConfig
 from tbf.errors import CheckpointError, ConfigError
 from tbf.train.ds_config import EngineConfig
 from tbf.train.environment import ProcessInfo
+from tbf.train.files import run_lock
 
 CONFIG_FILE = "config.yaml"
 
@@ -44,7 +46,7 @@ def choose_run_dir(run_dir: str | None, resume: str, run: RunConfig) -> tuple[Pa
         return _unnamed_run_dir(resume, run)
     folder = Path(run_dir)
     if not (folder / CONFIG_FILE).exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
             raise ConfigError(
                 f"--run-dir {folder} holds other files but no {CONFIG_FILE}; choose an empty or new folder"
             )
@@ -61,13 +63,21 @@ def has_checkpoints(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("step-*"))
 
 
-def write_run_files(folder: Path, run: RunConfig, engine: EngineConfig, tokenizer: Any, process: ProcessInfo) -> None:
-    """Writes config.yaml, ds_config.json, environment.json and tokenizer/ at the first start of a run.
+def write_run_files(
+    folder: Path,
+    run: RunConfig,
+    engine: EngineConfig,
+    tokenizer: Any,
+    process: ProcessInfo,
+    held: contextlib.ExitStack,
+) -> None:
+    """Locks the folder through `held` and, at the first start, writes config.yaml, ds_config.json and tokenizer/.
 
-    A resumed run keeps them and appends its environment, so that the folder tells which versions did what.
+    A resumed run keeps them. Each start adds itself to environment.json, which tells which versions did what.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(run_lock(folder))
         if not (folder / CONFIG_FILE).exists():
             tokenizer.save_pretrained(folder / "tokenizer")
             (folder / "ds_config.json").write_text(json.dumps(engine.config, indent=2) + "\n", encoding="utf-8")

@@ -27,8 +27,8 @@ def straight(cache):
     return run_dir, done
 
 
-def losses(run_dir):
-    return [float(loss) for (loss,) in metrics(run_dir, "loss") if loss]
+def losses(run_dir, column="loss"):
+    return [float(loss) for (loss,) in metrics(run_dir, column) if loss]
 
 
 def test_a_run_leaves_the_run_folder_and_learns(straight):
@@ -39,28 +39,39 @@ def test_a_run_leaves_the_run_folder_and_learns(straight):
     assert (run_dir / "checkpoints" / "step-00000020" / "manifest.json").exists()
     curve = losses(run_dir)
     assert len(curve) == 20 and curve[-1] < curve[0] - 0.1
-    assert [float(v) for (v,) in metrics(run_dir, "val_loss") if v][-1] < curve[0]
+    assert losses(run_dir, "val_loss")[-1] < losses(run_dir, "val_loss")[0] - 0.1
     assert "next:" in done.stdout and "--run-dir" in done.stdout
 
 
+@pytest.fixture(scope="module")
+def straight_fp32(cache):
+    """The same with FP32 linear layers, where rounding stays rounding."""
+    run_dir = cache / "straight-fp32"
+    train("--preset", write_preset(cache), "--run-dir", run_dir, "--set", "model.use_bitnet=false", cache=cache)
+    return run_dir
+
+
 @pytest.mark.parametrize(
-    ("ds_config", "ranks"), [(DS_ZERO2, 2), (DS_ZERO3, 1), (DS_ZERO3, 2)], ids=lambda x: str(x)[-10:]
+    ("ds_config", "ranks", "accumulation"),
+    [(DS_ZERO2, 2, 1), (DS_ZERO3, 1, 1), (DS_ZERO3, 2, 2), (DS_ZERO2, 1, 2)],
+    ids=["zero2-2ranks", "zero3", "zero3-2ranks-accumulating", "zero2-accumulating"],
 )
-def test_ranks_and_stages_give_the_same_losses(straight, cache, ds_config, ranks):
-    run_dir = cache / f"{ds_config.stem}-{ranks}"
-    micro = 4 // ranks  # the same global batch
-    preset = write_preset(cache, micro_batch_size=micro)
-    train("--preset", preset, "--run-dir", run_dir, cache=cache, ranks=ranks, ds_config=ds_config)
-    assert losses(run_dir) == pytest.approx(losses(straight[0]), abs=1e-5)
-    theirs = [float(v) for (v,) in metrics(straight[0], "val_loss") if v]
-    assert [float(v) for (v,) in metrics(run_dir, "val_loss") if v] == pytest.approx(theirs, abs=1e-5)
+def test_ranks_stages_and_accumulation_give_the_same_losses(straight_fp32, cache, ds_config, ranks, accumulation):
+    run_dir = cache / f"{ds_config.stem}-{ranks}-{accumulation}"
+    micro = 4 // ranks // accumulation  # the same global batch
+    preset = write_preset(cache, micro_batch_size=micro, gradient_accumulation_steps=accumulation)
+    arguments = ("--preset", preset, "--run-dir", run_dir, "--set", "model.use_bitnet=false")
+    train(*arguments, cache=cache, ranks=ranks, ds_config=ds_config)
+    for column in ("loss", "val_loss"):
+        assert losses(run_dir, column) == pytest.approx(losses(straight_fp32, column), abs=1e-5)
 
 
-def test_accumulation_gives_the_same_losses(straight, cache):
-    run_dir = cache / "accumulated"
-    preset = write_preset(cache, micro_batch_size=2, gradient_accumulation_steps=2)
-    train("--preset", preset, "--run-dir", run_dir, cache=cache)
-    assert losses(run_dir) == pytest.approx(losses(straight[0]), abs=1e-5)
+def test_two_ranks_follow_one_with_ternary_layers(straight, cache):
+    """Sums in another order differ in the last bit, which now and then moves an activation or a weight across a
+    rounding boundary: losses agree to that, not to FP32 rounding."""
+    run_dir = cache / "ternary-2"
+    train("--preset", write_preset(cache, micro_batch_size=2), "--run-dir", run_dir, cache=cache, ranks=2)
+    assert losses(run_dir) == pytest.approx(losses(straight[0]), abs=1e-3)
 
 
 def test_killed_and_resumed_equals_straight_bitwise(straight, cache):
@@ -135,4 +146,5 @@ def test_non_finite_steps_are_skipped_then_halt_with_a_dump(cache):
     assert "skipped on every rank" in done.stderr + done.stdout and "non-finite steps in a row" in done.stderr
     assert json.loads((run_dir / "run_status.json").read_text())["state"] == "halted"
     (dump,) = (run_dir / "emergency").iterdir()
+    assert list(dump.glob("checkpoints/step-*/manifest.json"))
     assert (dump / "batch_rank0.safetensors").exists() and (dump / "diagnosis.json").exists()
