@@ -20,7 +20,7 @@ from tbf.errors import CheckpointError, ConfigError, DataError, nearest
 from tbf.export.deepspeed_files import DeepSpeedCheckpoint
 from tbf.export.source import CONFIG_META, ExportSource, find_source, read_config
 from tbf.export.verify import verify_export
-from tbf.export.weights import FILE_NAMES, check_shapes, load_strict, read_weights, write_weights
+from tbf.export.weights import FILE_NAMES, check_shapes, load_strict, read_weights, tied_names, write_weights
 from tbf.model.config import UltraConfig
 
 if TYPE_CHECKING:
@@ -86,7 +86,6 @@ def load_pretrained(folder: str | Path) -> tuple[TormentedBertFrankenstein, Span
     Raises CheckpointError when the folder is no export, is damaged, or does not fit this version of tbf.
     """
     from tbf.model.bitlinear import invalidate_ternary
-    from tbf.model.encoder import TormentedBertFrankenstein
 
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -94,11 +93,25 @@ def load_pretrained(folder: str | Path) -> tuple[TormentedBertFrankenstein, Span
         raise CheckpointError(f"{folder} is no export: it has no config.json; {cure}")
     config = read_config(folder / "config.json")
     weights = read_weights(folder)
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights, which are thrown away
-        model = TormentedBertFrankenstein(config)
+    model = _build_without_drawing(config)
     load_strict(model, weights, folder)
     invalidate_ternary()
     return model.eval(), _load_tokenizer(folder, config)
+
+
+def _build_without_drawing(config: UltraConfig) -> TormentedBertFrankenstein:
+    """A model whose weights are about to be loaded: drawing a billion initial ones first would take a minute.
+
+    What loading doesn't fill (ties, buffers outside the state dict) is built the long way.
+    """
+    from tbf.model.encoder import TormentedBertFrankenstein
+
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            model = TormentedBertFrankenstein(config)
+        if tied_names(model) or {name for name, _ in model.named_buffers()} - model.state_dict().keys():
+            return TormentedBertFrankenstein(config)
+        return model.to_empty(device="cpu")
 
 
 def _load_tokenizer(folder: Path, config: UltraConfig) -> SpanishSPMTokenizer | None:

@@ -76,7 +76,7 @@ def _choose(root: Path, step: str | int) -> Path:
 
     CheckpointFolder.find does the same for all ranks of a job together, and would wait for them here.
     """
-    from tbf.train.checkpoint_folder import CheckpointFolder, by_loss, folder_name, step_of
+    from tbf.checkpoints.folder import CheckpointFolder, by_loss, folder_name, step_of
 
     folders = sorted((path for path in root.glob("step-*") if step_of(path) >= 0), key=step_of, reverse=True)
     lack = "that is complete"
@@ -102,7 +102,7 @@ def _choose(root: Path, step: str | int) -> Path:
 
 def _require_whole(folder: Path) -> None:
     """Reads every file against the manifest. Raises CheckpointError that names the first one that differs."""
-    from tbf.train.manifest import Manifest
+    from tbf.checkpoints.manifest import Manifest
 
     manifest = Manifest.read(folder)
     problems = manifest.missing_files(folder)

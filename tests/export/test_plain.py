@@ -14,7 +14,7 @@ import torch
 from tbf.errors import CheckpointError, ConfigError
 from tbf.export.plain import export_run, load_pretrained
 from tests.export.test_deepspeed_files import Evil
-from tests.export.tiny_runs import tiny_config, tiny_tokenizer, write_export
+from tests.export.tiny_runs import TEXT, tiny_config, tiny_model, tiny_tokenizer, write_export
 
 Runs = dict[str, tuple[Path, dict[int, dict[str, torch.Tensor]]]]
 
@@ -234,6 +234,16 @@ def test_loading_leaves_the_random_state_alone(tmp_path: Path) -> None:
     torch.manual_seed(3)
     load_pretrained(tmp_path)
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_loaded_model_computes_what_the_saved_one_did(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode(TEXT, return_tensors="pt")
+    model, _ = load_pretrained(write_export(tmp_path, tokenizer))
+    with torch.no_grad():
+        expected = tiny_model(tokenizer)(**ids)
+        assert torch.equal(model(**ids).last_hidden_state, expected.last_hidden_state)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_broken_exports_are_refused(tmp_path: Path) -> None:
