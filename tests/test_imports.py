@@ -1,4 +1,4 @@
-"""Imports point one way: ops <- model <- export, evaluate, train <- cli; data knows neither model nor train."""
+"""Imports point one way: ops <- model <- export, evaluate <- train <- cli; data knows neither model nor train."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ ALLOWED = {
     "presets": set(),
     "data": {"errors", "config", "data"},
     "hardware": {"errors", "config", "model", "ops", "hardware"},
-    "export": {"errors", "config", "model", "ops", "data", "export"},
+    "checkpoints": {"errors", "checkpoints"},
+    "export": {"errors", "config", "model", "ops", "data", "checkpoints", "export"},
     "evaluate": {"errors", "config", "model", "ops", "data", "export", "evaluate"},
-    "train": {"errors", "config", "model", "ops", "data", "hardware", "export", "evaluate", "train"},
+    "train": {"errors", "config", "model", "ops", "data", "hardware", "checkpoints", "export", "evaluate", "train"},
 }
 
 

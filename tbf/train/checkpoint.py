@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import tbf
-from tbf.errors import CheckpointError, ConfigError
-from tbf.train import ranks
-from tbf.train.checkpoint_folder import CheckpointFolder, Entry, by_loss, folder_name, step_of
-from tbf.train.files import (
+from tbf.checkpoints import ranks
+from tbf.checkpoints.files import (
     FileRecord,
     free_bytes,
     move_folder,
@@ -32,7 +30,9 @@ from tbf.train.files import (
     write_atomic,
     write_durable,
 )
-from tbf.train.manifest import MANIFEST_NAME, Manifest, flatten
+from tbf.checkpoints.folder import CheckpointFolder, Entry, by_loss, folder_name, step_of
+from tbf.checkpoints.manifest import MANIFEST_NAME, Manifest, flatten
+from tbf.errors import CheckpointError, ConfigError
 from tbf.train.rng import load_rng, rng_bytes
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from tbf.checkpoints.files import FileRecord, durable_file
+from tbf.checkpoints.manifest import unsafe_content
 from tbf.errors import CheckpointError
-from tbf.train.files import FileRecord, durable_file
-from tbf.train.manifest import unsafe_content
 
 
 class DurableCheckpointEngine(TorchCheckpointEngine):

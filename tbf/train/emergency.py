@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tbf.train import ranks
+from tbf.checkpoints import ranks
 from tbf.train.checkpoint import CheckpointStore
 
 

@@ -11,8 +11,8 @@ import hashlib
 
 from torch import nn
 
+from tbf.checkpoints import ranks
 from tbf.errors import EngineError
-from tbf.train import ranks
 
 
 class GradientOrderGuard:

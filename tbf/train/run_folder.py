@@ -18,11 +18,11 @@ import torch
 import yaml
 
 import tbf
+from tbf.checkpoints.files import run_lock
 from tbf.config import RunConfig
 from tbf.errors import CheckpointError, ConfigError
 from tbf.train.ds_config import EngineConfig
 from tbf.train.environment import ProcessInfo
-from tbf.train.files import run_lock
 
 CONFIG_FILE = "config.yaml"
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
+from tbf.checkpoints.files import to_json, write_atomic
 from tbf.errors import CheckpointError
-from tbf.train.files import to_json, write_atomic
 
 STATUS_NAME = "run_status.json"
 STATES = ("running", "done", "stopped", "halted", "failed")

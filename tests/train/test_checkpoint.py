@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tbf.checkpoints import files
+from tbf.checkpoints.manifest import MANIFEST_NAME
 from tbf.errors import CheckpointError, ConfigError
-from tbf.train import files
 from tbf.train.checkpoint import CheckpointStore
-from tbf.train.manifest import MANIFEST_NAME
 from tests.helpers.fake_engine import FakeEngine
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
+from tbf.checkpoints import files
 from tbf.errors import CheckpointError
-from tbf.train import files
 from tbf.train.checkpoint import CheckpointStore
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.gloo import deepspeed_on_gloo, run_distributed

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tbf.checkpoints import ranks
 from tbf.errors import TbfError
-from tbf.train import ranks
 
 logger = logging.getLogger(__name__)
 

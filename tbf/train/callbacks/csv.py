@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tbf.checkpoints.files import write_atomic
 from tbf.train.callbacks.base import Callback, StepMetrics
-from tbf.train.files import write_atomic
 
 logger = logging.getLogger(__name__)
 

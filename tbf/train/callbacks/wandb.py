@@ -8,9 +8,9 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from tbf.checkpoints.files import write_atomic
 from tbf.errors import ConfigError
 from tbf.train.callbacks.base import Callback, StepMetrics
-from tbf.train.files import write_atomic
 
 
 def require_wandb() -> None:

@@ -13,9 +13,9 @@ import math
 from pathlib import Path
 from typing import TypeAlias
 
+from tbf.checkpoints import ranks
+from tbf.checkpoints.manifest import Manifest
 from tbf.errors import CheckpointError
-from tbf.train import ranks
-from tbf.train.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from tbf.checkpoints import files
+from tbf.checkpoints.manifest import MANIFEST_NAME, Manifest, flatten, unsafe_content
 from tbf.errors import CheckpointError
-from tbf.train import files
-from tbf.train.manifest import MANIFEST_NAME, Manifest, flatten, unsafe_content
 from tbf.train.rng import load_rng, rng_bytes
 
 NAMES = ("model.pt", "state.json")
@@ -112,7 +112,7 @@ def test_missing_manifest_and_missing_file(folder):
 
 def rewrite(folder, **changes):
     """Changes a manifest the way someone would who also recomputes its hash."""
-    from tbf.train import manifest as module
+    from tbf.checkpoints import manifest as module
 
     body = {**json.loads((folder / MANIFEST_NAME).read_text()), **changes}
     del body["sha256"]
@@ -204,7 +204,7 @@ def test_remove_folder_starts_with_the_manifest(folder, monkeypatch):
 def test_a_second_process_is_kept_out_of_a_run_folder(tmp_path):
     script = (
         "import sys; from pathlib import Path\n"
-        "from tbf.errors import run_program; from tbf.train.files import run_lock\n"
+        "from tbf.errors import run_program; from tbf.checkpoints.files import run_lock\n"
         "def main():\n    with run_lock(Path(sys.argv[1])): print('got it')\n"
         "sys.exit(run_program(main))"
     )

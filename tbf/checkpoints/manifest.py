@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from tbf.checkpoints.files import FileRecord, hash_file, to_json, write_durable
 from tbf.errors import CheckpointError
-from tbf.train.files import FileRecord, hash_file, to_json, write_durable
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
