@@ -18,13 +18,13 @@ from tbf.ops.ternary_reference import ACTIVATION_EPS, GRADIENT_EPS, WEIGHT_EPS, 
 PANEL = 16  # rows of the GEMM's right operand that lie together
 TERNARY_ZERO_POINT, INT8_ZERO_POINT = 1, 128  # what makes the right operand unsigned
 
-_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_P, _L, _I, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
 _SIGNATURES = {
     "tbf_has_gemm": [],
     "tbf_has_threads": [],
-    "tbf_quantise_rows": [_P, _L, _L, _L, _F, _P, _F, _P, _L, _P, _P, _P, _I],
+    "tbf_quantise_rows": [_P, _L, _L, _L, _F, _P, _D, _P, _L, _P, _P, _P, _I],
     "tbf_rms_norm_backward": [_P, _P, _L, _L, _L, _P, _P, _P, _P, _I],
-    "tbf_ternarise": [_P, _L, _L, _F, _P, _P, _I],
+    "tbf_ternarise": [_P, _L, _L, _D, _P, _P, _I],
     "tbf_pack_rows": [_P, _L, _L, _L, _I, _P, _I],
     "tbf_pack_columns": [_P, _L, _L, _L, _I, _P, _I],
     "tbf_quantise_gradient": [*[_P] * 4, _I, _L, _P, _F, _I, _P, _P, _L, *[_P] * 5, _I, *[_P] * 3, _I],

@@ -192,7 +192,7 @@ int tbf_has_threads() { return 0; }
 // Quantises rows: q [M, ldq] int8, scale [M], sum [M] of the quantised values. With `gain` [D], quantises
 // RMSNorm(x) * gain instead and writes 1/rms to `rrms` [M].
 void tbf_quantise_rows(const float* x, int64_t rows, int64_t cols, int64_t ldx, float eps, const float* gain,
-                       float norm_eps, int8_t* q, int64_t ldq, float* scale, int32_t* sum, float* rrms, int threads) {
+                       double norm_eps, int8_t* q, int64_t ldq, float* scale, int32_t* sum, float* rrms, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> normed(gain ? cols : 0);
@@ -255,7 +255,7 @@ void tbf_rms_norm_backward(const float* dy, const float* x, int64_t rows, int64_
 
 // Ternarises w [N, D] with one scale: q int8 [N, D], scale [1]. The FP64 sum runs row by row, so that it doesn't depend
 // on the number of threads.
-void tbf_ternarise(const float* w, int64_t rows, int64_t cols, float eps, int8_t* q, float* scale, int threads) {
+void tbf_ternarise(const float* w, int64_t rows, int64_t cols, double eps, int8_t* q, float* scale, int threads) {
   std::vector<double> sums(rows);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t n = 0; n < rows; ++n) {
