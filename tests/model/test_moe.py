@@ -20,7 +20,7 @@ def block(tiny):
         torch.manual_seed(0)
         moe = MixtureOfExperts(config)
         moe.init_parameters()
-        torch.nn.init.uniform_(moe.sub_norm, 0.5, 1.5)
+        torch.nn.init.uniform_(moe.down_proj.sub_norm, 0.5, 1.5)
         return moe, torch.randn(2, 9, 32), SegmentInfo.build(config, SEGMENTS)
 
     return build
@@ -29,9 +29,9 @@ def block(tiny):
 def one_expert(moe, x, expert):
     """A single expert on x [N, D], written like a dense block with its own ternary scales."""
     ternary = moe.config.use_bitnet
-    up, down = moe.up_proj[expert], moe.down_proj[expert]
+    up, down = moe.up_proj.weight[expert], moe.down_proj.weight[expert]
     if ternary:
-        slices = up.split(moe.up_slices)
+        slices = up.split(moe.up_proj.slices)
         up = torch.cat([ternary_fake_quant(w) for w in slices])
         x, down = activation_fake_quant(x), ternary_fake_quant(down)
     inner = x @ up.T
@@ -40,7 +40,7 @@ def one_expert(moe, x, expert):
         inner = F.silu(gate) * inner
     else:
         inner = F.relu(inner).square()
-    inner = inner * (inner.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * moe.sub_norm
+    inner = inner * (inner.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * moe.down_proj.sub_norm
     return (activation_fake_quant(inner) if ternary else inner) @ down.T
 
 
@@ -49,7 +49,7 @@ def one_expert(moe, x, expert):
 def test_is_the_gated_sum_of_its_experts(block, activation, ternary):
     moe, u, info = block(ffn_activation=activation, use_bitnet=ternary)
     with torch.no_grad():
-        moe.up_proj[1].mul_(5)  # a scale shared between experts would show
+        moe.up_proj.weight[1].mul_(5)  # a scale shared between experts would show
     x = u.flatten(0, 1)
     probs = (x @ moe.router.T).softmax(-1)
     best = probs.topk(2)
@@ -58,15 +58,43 @@ def test_is_the_gated_sum_of_its_experts(block, activation, ternary):
     torch.testing.assert_close(moe(u, info)[0], expected.view_as(u), rtol=1e-4, atol=1e-4)
 
 
-def test_all_back_ends_agree(block):
-    moe, u, info = block()
+AVAILABLE = [b for b in BACKENDS if b != "grouped" or hasattr(F, "grouped_mm")]
+
+
+@pytest.mark.parametrize("ternary", [False, True])
+def test_all_back_ends_agree(block, ternary):
+    moe, u, info = block(use_bitnet=ternary)
     outcomes = []
-    for moe.backend in (*BACKENDS, None) if hasattr(F, "grouped_mm") else ("split", "padded", None):
+    for backend in AVAILABLE:
+        moe.force_backend(backend)
         y, stats = moe(u, info)
         gradients = torch.autograd.grad(y.square().sum() + stats["balance"] + stats["z"], list(moe.parameters()))
         outcomes.append((y, *gradients))
     for other in outcomes[1:]:
         torch.testing.assert_close(outcomes[0], other, rtol=1e-5, atol=1e-5)
+
+
+def test_integer_kernels_agree_with_fake_quantisation(block):
+    moe, u, info = block(use_bitnet=True, ffn_activation="swiglu")
+    outcomes = []
+    for backend in (None, "split"):
+        moe.force_backend(backend)
+        y, _ = moe(u, info)
+        outcomes.append((y, torch.autograd.grad(y.square().sum(), list(moe.parameters()))))
+    (y, gradients), (expected, references) = outcomes
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(gradients, references):
+        assert (ours - theirs).norm() <= 0.01 * theirs.norm()
+
+
+def test_experts_are_quantised_once_until_a_step(block):
+    moe, u, info = block(use_bitnet=True)
+    for _ in range(3):
+        moe(u, info)[0].sum().backward()
+    assert moe.up_proj.ternary_cache.quantisations == moe.down_proj.ternary_cache.quantisations == 1
+    torch.optim.SGD(moe.parameters(), lr=0.1).step()
+    moe(u, info)
+    assert moe.up_proj.ternary_cache.quantisations == moe.down_proj.ternary_cache.quantisations == 2
 
 
 def test_every_parameter_gets_a_gradient_when_all_tokens_choose_one_expert(block):
@@ -76,7 +104,7 @@ def test_every_parameter_gets_a_gradient_when_all_tokens_choose_one_expert(block
     y, _ = moe(u.abs(), info)
     y.square().sum().backward()
     assert all(p.grad is not None for p in moe.parameters())
-    assert [bool(g.any()) for g in moe.up_proj.grad] == [False, False, True, False]
+    assert [bool(g.any()) for g in moe.up_proj.weight.grad] == [False, False, True, False]
 
 
 def test_statistics_ignore_padding(block):
@@ -140,7 +168,7 @@ def test_recomputation_routes_alike_and_counts_once(all_mixers, token_ids, mode,
     ids = token_ids(2, 12)
     labels = torch.where(ids % 3 == 0, ids, -100)
     for layer in model.layers:
-        layer.ffn.backend = backend
+        layer.ffn.force_backend(backend)
 
     def outcome(mode):
         model.set_activation_checkpointing(mode)
