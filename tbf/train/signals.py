@@ -87,7 +87,9 @@ class StopRequest:
 
     def __exit__(self, *exception: object) -> None:
         self._uninstall()
-        self._writer.close()  # ends the watching thread
+        # Ends the watching thread. Closing would not: a forked data worker still holds the socket.
+        self._writer.shutdown(socket.SHUT_WR)
+        self._writer.close()
         self._thread.join()
         self._reader.close()
         if self.agreed:
