@@ -67,4 +67,5 @@ def fill_mask(
 def _candidate(tokenizer: SpanishSPMTokenizer, ids: list[int], at: int, token: int, probability: float) -> Candidate:
     filled = [*ids[1:at], token, *ids[at + 1 : -1]]
     text = tokenizer.decode(filled, skip_special_tokens=False)
-    return Candidate(str(tokenizer.decode([token])).strip(), token, probability, str(text).strip())
+    shown = str(tokenizer.decode([token])).strip() or tokenizer.id_to_piece(token)  # a lone space or half a character
+    return Candidate(shown, token, probability, str(text).strip())

@@ -26,8 +26,9 @@ def verify_export(export: Path, checkpoint: Path) -> dict[str, Any]:
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     # On the host: the card may be full, and belongs to the training.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tbf.export.verify", str(export), str(checkpoint)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    command = [sys.executable, "-m", "tbf.export.verify", str(export.absolute()), str(checkpoint.absolute())]
+    # Not in the user's folder, whose modules `-m` would import first.
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=package_root)
     if done.returncode != 0:
         last = next(iter(done.stderr.strip().splitlines()[-1:]), "killed, out of memory?")
         if last.startswith("error: "):
