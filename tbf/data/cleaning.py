@@ -48,7 +48,7 @@ def clean(text: str, options: CleanOptions, counts: Counter[str]) -> list[str]:
     if options.control:
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
-        if not text.isprintable():
+        if not text.replace("\n", "").isprintable():  # quicker than the search, and most texts end here
             text, removed = _CONTROL.subn("", text)
             counts["control_removed"] += removed > 0
     if options.nfc and not text.isascii() and not unicodedata.is_normalized("NFC", text):

@@ -13,6 +13,7 @@ import numpy as np
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
+_TURNS = np.arange(6, dtype=np.uint64)  # of the Feistel network
 
 
 def mix(values: Any) -> np.ndarray:
@@ -43,13 +44,14 @@ def permute(positions: Any, size: int, permutation_key: Any) -> np.ndarray:
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    keys = np.broadcast_to(np.asarray(permutation_key, np.uint64), np.shape(positions))
     x = np.array(positions, np.uint64)
-    outside = np.ones(x.shape, bool)
-    while outside.any():
+    keys = np.broadcast_to(np.asarray(permutation_key, np.uint64), x.shape)
+    turns = mix(keys[:, None] ^ _TURNS)  # [N, turns]
+    outside = np.arange(len(x))
+    while len(outside):
         left, right = x[outside] >> shift, x[outside] & mask
-        for turn in range(6):
-            left, right = right, left ^ (mix(right ^ mix(keys[outside] ^ np.uint64(turn))) & mask)
+        for turn in range(len(_TURNS)):
+            left, right = right, left ^ (mix(right ^ turns[outside, turn]) & mask)
         x[outside] = (left << shift) | right
-        outside = x >= np.uint64(size)
+        outside = outside[x[outside] >= size]
     return x.astype(np.int64)

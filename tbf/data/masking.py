@@ -117,7 +117,7 @@ def mask_rows(
     order = mix(key(names, _CHOICE) ^ mix(places)) >> np.uint64(1)  # [B, T]
     if spec.word_starts is None:
         order[~candidates] = np.uint64(2**64 - 1)
-        chosen = np.argsort(order, axis=1, kind="stable")[:, :slots]  # [B, M]
+        chosen = np.argsort(order, axis=1)[:, :slots]  # [B, M]
         filled = np.arange(slots) < wanted[:, None]
     else:
         chosen, filled = _whole_words(order, candidates, spec.word_starts[input_ids], wanted, slots)

@@ -35,7 +35,7 @@ from tbf.data.tokenizer import SpanishSPMTokenizer
 from tbf.data.workers import run_jobs
 from tbf.errors import ConfigError, DataError
 
-SHARD_TEXT = (8 << 20, 256 << 20)
+SHARD_TEXT = (16 << 20, 256 << 20)
 """Least and most bytes of text a shard; in between, a corpus gets about 32 shards."""
 KEEP_FREE = 256 << 20
 """Bytes of the disk that preparation never uses."""
@@ -268,7 +268,8 @@ def _make_shards(
             yield shard
 
     def work(shard: dict[str, Any], report: Callable[[Any], None]) -> ShardInfo:
-        return _make_shard(folder, shard, tokenizer, options, report)
+        writer = ShardWriter(folder, shard["name"], shard["source"], tokenizer, options.clean)
+        return _make_shard(writer, shard, options, report)
 
     total = sum(part["text_bytes"] for shard in missing for part in shard["parts"])
     with tqdm(
@@ -301,13 +302,8 @@ def _make_shards(
 
 
 def _make_shard(
-    folder: Path,
-    shard: dict[str, Any],
-    tokenizer: SpanishSPMTokenizer,
-    options: PrepareOptions,
-    report: Callable[[Any], None],
+    writer: ShardWriter, shard: dict[str, Any], options: PrepareOptions, report: Callable[[Any], None]
 ) -> ShardInfo:
-    writer = ShardWriter(folder, shard["name"], shard["source"], tokenizer, options.clean)
     problems = Problems(options.strict)
     told = (0, 0, 0)
     last = time.monotonic()

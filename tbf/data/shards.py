@@ -26,21 +26,17 @@ import numpy as np
 
 from tbf.data.cleaning import CleanOptions, clean
 from tbf.data.files import read_json, sha256_file, sync_folder, write_bytes, write_errors, write_json
-from tbf.data.tokenizer import SpanishSPMTokenizer
+from tbf.data.tokenizer import SpanishSPMTokenizer, token_dtype
 from tbf.errors import DataError
 
 FORMAT = 1
 PREPARE_AGAIN = "prepare the data again (`tbf data prepare`)"
-_BATCH_CHARS = 1 << 20
+_BATCH_CHARS = 16 << 20
 """Text cleaned and tokenised at a time."""
 
 
 def shard_name(number: int) -> str:
     return f"shard-{number:05d}"
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
 @dataclass
@@ -88,7 +84,12 @@ class ShardWriter:
     """Cleans, deduplicates, tokenises and writes the documents of one shard, aside until `finish`."""
 
     def __init__(
-        self, folder: Path, name: str, source: str, tokenizer: SpanishSPMTokenizer, options: CleanOptions
+        self,
+        folder: Path,
+        name: str,
+        source: str,
+        tokenizer: SpanishSPMTokenizer,
+        options: CleanOptions,
     ) -> None:
         self.folder, self.name, self.tokenizer, self.options = folder, name, tokenizer, options
         self.info = ShardInfo(name, source, token_bytes=token_dtype(tokenizer.vocab_size).itemsize)
@@ -123,28 +124,31 @@ class ShardWriter:
             self._hashes.append(key)
             self.info.text_bytes += len(encoded)
             self._waiting += len(document)
-        if self._waiting >= _BATCH_CHARS:
-            self.flush()
+            if self._waiting >= _BATCH_CHARS:
+                self.flush()
 
     def flush(self) -> None:
         """Tokenises and writes what is waiting."""
-        first, last = self.tokenizer.cls_id, self.tokenizer.sep_id
-        unknown = self.tokenizer.unk_id
+        if not self._texts:
+            return
+        ids, ends = self.tokenizer.encode_batch(self._texts)
         kept_hashes = self._hashes[: len(self._hashes) - len(self._texts)]
-        chunks: list[np.ndarray] = []
-        for key, ids in zip(self._hashes[len(kept_hashes) :], self.tokenizer.encode_ids(self._texts)):
-            if not ids:
+        framed = np.empty(len(ids) + 2 * len(ends), self._dtype)
+        start = at = 0
+        for key, end in zip(self._hashes[len(kept_hashes) :], ends.tolist()):
+            if end == start:
                 self.counts["no_tokens"] += 1
                 continue
             kept_hashes.append(key)
-            chunks.append(np.array([first, *ids, last], self._dtype))
-            self._ends.append(self._ends[-1] + len(ids) + 2)
+            framed[at] = self.tokenizer.cls_id
+            framed[at + 1 : at + 1 + end - start] = ids[start:end]
+            at += end - start + 2
+            framed[at - 1] = self.tokenizer.sep_id
+            self._ends.append(self._ends[-1] + end - start + 2)
+            start = end
         self._hashes, self._texts, self._waiting = kept_hashes, [], 0
-        if not chunks:
-            return
-        tokens = np.concatenate(chunks)
-        self.info.unknown_tokens += int(np.count_nonzero(tokens == unknown))
-        data = tokens.tobytes()
+        self.info.unknown_tokens += int(np.count_nonzero(ids == self.tokenizer.unk_id))
+        data = framed[:at].tobytes()
         self._digest.update(data)
         with write_errors(self._aside):
             self._file.write(data)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-_WORD = re.compile(r"[^\W\d_]+")
-_LOOK_AT = 2_000
+_LOOK_AT = 1_500
 """Characters from the start that decide."""
 _LATIN_END = "\u0250"
 
@@ -31,13 +28,14 @@ _OTHER = frozenset(_OTHER_WORDS.split()) - _SPANISH
 def spanish_score(text: str) -> float:
     """Share of Spanish words among the function words of all languages known here, 0 to 1.
 
-    Spanish gives 0.85-1, its Romance neighbours 0.3-0.5, English and German under 0.2, other scripts and texts without
+    Spanish gives 0.75-1, its Romance neighbours 0.4-0.62, English and German under 0.2, other scripts and texts without
     letters 0. A Latin text without any function word gives 1: nothing speaks against it.
     """
-    words = _WORD.findall(text[:_LOOK_AT].lower())
-    letters = "".join(words[:200])
-    if sum(letter < _LATIN_END for letter in letters) * 2 <= len(letters):
-        return 0.0
-    spanish = sum(word in _SPANISH for word in words)
-    other = sum(word in _OTHER for word in words)
+    words = text[:_LOOK_AT].lower().split()
+    spanish = sum(map(_SPANISH.__contains__, words))
+    other = sum(map(_OTHER.__contains__, words))
+    if not spanish:
+        letters = [letter for letter in text[:_LOOK_AT] if letter.isalpha()]
+        if sum(letter < _LATIN_END for letter in letters) * 2 <= len(letters):
+            return 0.0
     return (spanish + 1) / (spanish + other + 1)

@@ -29,7 +29,8 @@ def tokenizer(sample_texts: list[str]) -> SpanishSPMTokenizer:
 def spanish_texts(words: list[str], documents: int, seed: int = 0) -> list[str]:
     """Different documents of 1 to 400 words, drawn from a list of words."""
     generator = np.random.default_rng(seed)
-    return [" ".join(generator.choice(words, generator.integers(1, 400))) + f" {i}" for i in range(documents)]
+    drawn = [generator.integers(0, len(words), generator.integers(1, 400)) for _ in range(documents)]
+    return [" ".join(words[w] for w in document) + f" {i}" for i, document in enumerate(drawn)]
 
 
 def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
