@@ -12,6 +12,7 @@ but the same one computed elsewhere. Xq and Wq enter the backward as they are; o
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,11 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tbf.errors import ConfigError, HardwareError, nearest
+from tbf.ops.ternary_cuda import CudaTools, cuda_tools, pad_rows
 from tbf.ops.ternary_native import INT8_ZERO_POINT, TERNARY_ZERO_POINT, NativeTools, native_tools
 from tbf.ops.ternary_reference import Quantised, ReferenceTools
 
 GRADIENT_MODES = ("fp32", "int8_dx", "int8_hilo", "int8")
 DEFAULT_MODE = "int8_hilo"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -236,20 +240,69 @@ class CudaIntMm(IntegerBackend):
         return torch._int_mm(a, b.T)[:m, :n].contiguous()
 
 
-BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (Backend, CpuInt8, CpuVnni, CudaIntMm)}
+class CudaDp4a(Backend):
+    """Our own DP4A GEMM, for cards from Pascal (6.1) on: scales and both gradient parts inside the GEMM."""
+
+    name = "cuda_dp4a"
+    tools: CudaTools
+
+    def missing(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "serves CUDA devices only"
+        return None if isinstance(self.tools, CudaTools) else "its kernels could not be built"
+
+    def forward_operand(self, values: Tensor) -> Tensor:
+        return pad_rows(values)
+
+    def backward_operand(self, values: Tensor) -> Tensor:
+        return pad_rows(values.T)
+
+    def forward(self, x: Quantised, operand: Tensor, scale: Tensor, out_features: int, in_features: int) -> Tensor:
+        return self.tools.gemm(x, operand, scale)
+
+    def backward(
+        self, dys: Sequence[Tensor], x: Quantised, weight: TernaryWeight, *, low: bool, need_x: bool, need_w: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        by_row, by_column = self.tools.quantise_gradient(
+            dys, weight.scales, x.scale, low=low, rows=need_x, columns=need_w, transposed=True
+        )
+        one = torch.ones((), device=x.scale.device)
+        dx = dw = None
+        if by_row is not None:
+            dx = self.tools.gemm(by_row, weight.backward, one)
+        if by_column is not None:
+            dw = self.tools.gemm(by_column, self.tools.transpose(x.high, weight.in_features), one)
+        return dx, dw
+
+
+BACKENDS: dict[str, type[Backend]] = {
+    backend.name: backend for backend in (Backend, CpuInt8, CpuVnni, CudaIntMm, CudaDp4a)
+}
 
 
 @functools.cache
 def get_backend(name: str, device_type: str) -> Backend:
     """The backend with the fastest quantisers for this kind of device. Raises HardwareError if it can't serve it."""
-    tools = native_tools() if device_type == "cpu" else None
-    backend = BACKENDS[name](tools or ReferenceTools())
+    backend = BACKENDS[name](fastest_tools(device_type))
     reason = backend.missing(torch.device(device_type))
     if reason is not None:
         raise HardwareError(
             f"ternary backend '{name}' can't serve {device_type}: {reason}; take another TBF_KERNEL or unset it"
         )
     return backend
+
+
+@functools.cache
+def fastest_tools(device_type: str) -> ReferenceTools:
+    """Compiled quantisers where they exist, else eager ones: said once, with the reason."""
+    if device_type == "cpu":
+        return native_tools() or ReferenceTools()
+    if device_type == "cuda":
+        try:
+            return cuda_tools(torch.cuda.current_device())
+        except (HardwareError, RuntimeError, OSError) as error:
+            log.warning("ternary kernels: %s; going on with slower eager torch on this card", error)
+    return ReferenceTools()
 
 
 def prepare_weight(weight: Tensor, slices: Sequence[int], plan: TernaryPlan) -> TernaryWeight:
