@@ -27,6 +27,8 @@ FASTEST, SLOWEST = 1 / 16, 1 / 1024
 """theta' of the first and the last head, per token."""
 MAX_BLOCK = 512
 """Exponents inside a block reach (theta' + theta) * block / 2 <= 32; FP32 ends at 88."""
+BLOCK = 128
+"""Small blocks save work, as only the block itself needs two products; smaller ones than this lose it in calls."""
 RECOMPUTE_FROM = 2048
 """Row length from which the backward recomputes the scores of each block instead of keeping B H T^2 of them."""
 
@@ -53,7 +55,7 @@ def hope_attention(
     seg: Tensor,
     *,
     window: int = 0,
-    block_size: int = MAX_BLOCK,
+    block_size: int = BLOCK,
 ) -> Tensor:
     """softmax(S / sqrt K) v inside documents: q, k, v [B, H, T, K], seg [B, T] -> [B, H, T, K].
 
@@ -83,7 +85,7 @@ def hope_attention(
     return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
 
-def hope_scores(q: Tensor, k: Tensor, theta: Tensor, theta_prime: Tensor, *, block_size: int = MAX_BLOCK) -> Tensor:
+def hope_scores(q: Tensor, k: Tensor, theta: Tensor, theta_prime: Tensor, *, block_size: int = BLOCK) -> Tensor:
     """Unscaled, unmasked logits: q, k [B, H, T, K] -> [B, H, T, T]. For inspection: memory is quadratic in T."""
     q, k = _light_cone(q), _light_cone(k)
     rates = _channel_rates(theta, theta_prime, q.dtype)
@@ -119,7 +121,7 @@ def _attend_block(
     if reach < k.shape[2]:
         distance = _places(q, offset) - _places(k, 0).mT  # [N, M]
         visible = visible & (distance.abs() <= reach)
-    scores = _block_scores(q, k, behind, ahead, offset).masked_fill(~visible, float("-inf"))
+    scores = _block_scores(q, k, behind, ahead, offset).masked_fill_(~visible, float("-inf"))
     return scores.softmax(-1) @ v
 
 

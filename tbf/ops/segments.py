@@ -53,11 +53,11 @@ class _SegmentConv(torch.autograd.Function):
         centre = len(taps) // 2
         grad_x = grad * taps[centre]
         grad_taps = torch.zeros_like(weight.t())  # [k, D]
-        grad_taps[centre] = torch.einsum("btd,btd->d", grad, x)
+        grad_taps[centre] = (grad * x).sum((0, 1))
         for tap, here, there, same in _shifts(seg, len(taps)):
             inside = grad[:, here] * same
             grad_x[:, there].addcmul_(inside, taps[tap])
-            grad_taps[tap] = torch.einsum("btd,btd->d", inside, x[:, there])
+            grad_taps[tap] = (inside * x[:, there]).sum((0, 1))
         return grad_x, grad_taps.t(), None
 
 
