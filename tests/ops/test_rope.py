@@ -1,18 +1,24 @@
-"""Rotary positions against multiplication by complex phases."""
+"""Rotary positions against the rotation written out."""
 
 import torch
 
 from tbf.ops.rope import apply_rope, rope_angles
 
 
-def test_turns_pairs_like_complex_numbers():
+def test_turns_pairs():
     torch.manual_seed(0)
     x = torch.randn(2, 9, 3, 8, dtype=torch.float64)
     cos, sin = rope_angles(9, 8, 10_000.0, x.device, x.dtype)
-    rates = 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
-    turns = torch.polar(torch.ones(9, 4, dtype=torch.float64), torch.arange(9)[:, None] * rates)
-    expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * turns[:, None]).flatten(-2)
+    angles = torch.arange(9)[:, None] * 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)  # [T, K/2]
+    c, s = angles.cos()[:, None], angles.sin()[:, None]
+    expected = torch.empty_like(x)
+    expected[..., 0::2] = x[..., 0::2] * c - x[..., 1::2] * s
+    expected[..., 1::2] = x[..., 1::2] * c + x[..., 0::2] * s
     torch.testing.assert_close(apply_rope(x, cos, sin), expected)
+    strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    torch.testing.assert_close(apply_rope(strided, cos, sin), expected)
+    odd = torch.cat([x[..., :1], x], -1)[..., 1:]  # starts in the middle of a pair of its storage
+    torch.testing.assert_close(apply_rope(odd, cos, sin), expected)
 
 
 def test_products_depend_on_distance_only():
