@@ -2,9 +2,9 @@
 
     python -m tbf.train.build_ops
 
-The cache is keyed by torch, Python and processor (`-march=native` code crashes on another one). A build that was
-killed leaves torch's `lock` file behind, on which every later run would wait for ever; ours is an flock, which dies
-with its process, and whoever holds it may delete the stale one.
+The cache is keyed by torch, DeepSpeed, environment and processor (`-march=native` code crashes on another one). A
+build that was killed leaves torch's `lock` file behind, on which every later run would wait for ever; ours is an flock,
+which dies with its process, and whoever holds it may delete the stale one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from tbf.errors import run_program
@@ -31,11 +32,10 @@ def extensions_dir() -> Path:
     """The cache folder of compiled operators; TORCH_EXTENSIONS_DIR overrides it."""
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    import torch
-
-    machine = hashlib.sha256(_processor().encode()).hexdigest()[:8]
+    # Where the sources lie is part of the key: two environments that shared a folder would rebuild it in turns.
+    sources = [f"{name}{version(name)}" for name in ("torch", "deepspeed")] + [sys.prefix, sys.version, _processor()]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tbf" / "torch_extensions"
-    return root / f"torch{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}-{machine}".replace("+", "-")
+    return root / hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16]
 
 
 def prepare_ops(needs_cpu_adam: bool, say=print) -> bool:
