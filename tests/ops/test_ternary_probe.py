@@ -60,11 +60,11 @@ def test_a_backend_that_is_wrong_or_fails_is_never_taken(monkeypatch):
     for backend in (Wrong, Failing):
         monkeypatch.setitem(BACKENDS, backend.name, backend)
     found = probe_ternary(CPU, ((320, 8),))
-    reasons = {row.backend: row.reason for row in found.rows}
-    assert reasons["wrong"] == "forward not exact at 264x320x8"
+    reasons = {row.backend: row.reason for row in found.rows if row.stage == "forward"}
+    assert reasons["wrong"] == "not exact at 264x320x8"
     assert reasons["failing"] == "fails: CUBLAS_STATUS_NOT_SUPPORTED"
     assert "wrong" not in (found.plan.forward, found.plan.backward)
-    assert "forward not exact" in found.table()
+    assert "not exact" in found.table()
 
 
 def test_int8_must_be_clearly_faster():
@@ -124,5 +124,17 @@ def test_ranks_agree():
     assert run_distributed(choose_differently, 2) == [["cpu_int8", "cpu_vnni"]] * 2
 
 
+def test_stages_are_judged_apart(monkeypatch):
+    class ForwardOnly(CpuInt8):
+        name = "forward_only"
+
+        def backward(self, *args, **options):
+            return tuple(part + 1 for part in super().backward(*args, **options))
+
+    monkeypatch.setitem(BACKENDS, "forward_only", ForwardOnly)
+    reasons = {row.stage: row.reason for row in probe_ternary(CPU, TINY).rows if row.backend == "forward_only"}
+    assert reasons == {"forward": None, "backward": "not exact at 32x64x48"}
+
+
 def test_fp32_is_its_own_reference():
-    assert probe._inexact(Backend(probe.ReferenceTools()), CPU, probe.AWKWARD_SHAPES) is None
+    assert probe._inexact(Backend(probe.ReferenceTools()), "forward", CPU, probe.AWKWARD_SHAPES) is None
