@@ -28,6 +28,7 @@ from tbf.ops.ternary_backends import (
     Backend,
     TernaryPlan,
     TernaryWeight,
+    fastest_tools,
     get_backend,
     prepare_weight,
 )
@@ -89,7 +90,8 @@ def default_plan(device: torch.device) -> TernaryPlan:
 
 @functools.cache
 def _default_plan(device: torch.device, setting: str) -> TernaryPlan:
-    return forced_plan(device, setting) or probe_ternary(device).plan
+    name, mode = _parse(setting, DEFAULT_MODE)
+    return forced_plan(device, name, mode) if name else probe_ternary(device, mode=mode).plan
 
 
 def choose_plan(
@@ -101,11 +103,13 @@ def choose_plan(
 ) -> TernaryPlan:
     """The plan for a training run: all ranks of the process group call it and get the same one.
 
-    `shapes` are the model's (in, out) pairs. `say` gets the table. Raises ConfigError on a bad TBF_KERNEL and
-    HardwareError when it names a backend that can't serve this device.
+    `shapes` are the model's (in, out) pairs. `say` gets the table. TBF_KERNEL may be `backend`, `backend:mode` or
+    `auto:mode`. Raises ConfigError when it is none of them and HardwareError when it names a backend that can't serve
+    this device.
     """
-    plan = forced_plan(device, os.environ.get("TBF_KERNEL", ""), mode)
-    if plan is not None:
+    name, mode = _parse(os.environ.get("TBF_KERNEL", ""), mode)
+    if name:
+        plan = forced_plan(device, name, mode)
         if say:
             say(f"ternary kernels on {device}, set by TBF_KERNEL: {plan}")
         return plan
@@ -116,21 +120,25 @@ def choose_plan(
     return report.plan
 
 
-def forced_plan(device: torch.device, setting: str, mode: str = DEFAULT_MODE) -> TernaryPlan | None:
-    """What TBF_KERNEL asks for: `backend`, `backend:mode` or `auto:mode`; None for auto or an empty setting."""
-    name, _, asked_mode = setting.partition(":")
-    mode = asked_mode or mode
-    if mode not in GRADIENT_MODES:
-        raise ConfigError(f"TBF_KERNEL={setting}: unknown gradient mode '{mode}', {nearest(mode, GRADIENT_MODES)}")
-    if name in ("", "auto"):
-        return probe_ternary(device, mode=mode).plan if asked_mode else None
+def forced_plan(device: torch.device, name: str, mode: str) -> TernaryPlan:
+    """Both stages by one backend. Raises HardwareError when it can't serve `device` or isn't exact there."""
     plan = TernaryPlan(name, name, mode)
-    reason = _reason(name, device) or _inexact(get_backend(name, device.type), device, AWKWARD_SHAPES)
+    reason = _reason(name, device)
+    for stage in STAGES:
+        reason = reason or _inexact(get_backend(name, device.type), stage, device, AWKWARD_SHAPES)
     if reason is not None:
-        raise HardwareError(
-            f"TBF_KERNEL={setting}: '{name}' can't serve {device} ({reason}); unset it to choose freely"
-        )
+        raise HardwareError(f"TBF_KERNEL: '{name}' can't serve {device} ({reason}); unset it to choose freely")
     return plan
+
+
+def _parse(setting: str, mode: str) -> tuple[str, str]:
+    """Backend, empty for a free choice, and gradient mode."""
+    name, _, asked_mode = setting.partition(":")
+    if asked_mode and asked_mode not in GRADIENT_MODES:
+        raise ConfigError(
+            f"TBF_KERNEL={setting}: unknown gradient mode '{asked_mode}', {nearest(asked_mode, GRADIENT_MODES)}"
+        )
+    return "" if name == "auto" else name, asked_mode or mode
 
 
 def probe_ternary(
@@ -162,11 +170,7 @@ def probe_ternary(
 
 
 def _reason(name: str, device: torch.device) -> str | None:
-    try:
-        get_backend(name, device.type)
-    except HardwareError as error:
-        return str(error)
-    return None
+    return BACKENDS[name](fastest_tools(device.type)).missing(device)
 
 
 def _inexact(backend: Backend, stage: str, device: torch.device, shapes: Sequence[tuple[int, int, int]]) -> str | None:
