@@ -80,7 +80,8 @@ class UltraConfig:
     hope_base: float = 10_000.0
     hope_damping: float = 0.01
     rope_base: float = 10_000.0
-    titan_memory: str = "none"
+    titan_memory: str = "linear"
+    """The neural memory beside titan_attn's attention: linear (a matrix per head) or none."""
     titan_chunk_size: int = 64
     """Tokens that share one gradient point of the neural memory: part of the architecture, not a speed knob."""
 

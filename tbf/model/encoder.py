@@ -31,6 +31,7 @@ MINI_SHAPE: dict[str, Any] = {
     "retention_heads": 6,
     "norm_type": "derf",
     "factorized_embedding_dim": 128,
+    "titan_memory": "none",
 }
 
 RouterStats = dict[str, Tensor] | None

@@ -43,6 +43,7 @@ def tiny_config(**changes: object) -> UltraConfig:
         "factorized_embedding_dim": 16,
         "mamba_head_dim": 16,
         "mamba_state_size": 8,
+        "titan_memory": "none",
         "titan_chunk_size": 4,
         "window": 4,
         "use_bitnet": False,

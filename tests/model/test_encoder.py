@@ -84,7 +84,7 @@ def test_meta_device_construction(all_mixers):
 def test_sizes_of_the_two_reference_shapes():
     """454M parameters for the full dense model with memory, 14.5M for the small one."""
     with torch.device("meta"):
-        full = TormentedBertFrankenstein(UltraConfig(titan_memory="linear"))
+        full = TormentedBertFrankenstein(UltraConfig())
         mini = TormentedBertMini()
     assert full.num_parameters() == pytest.approx(454.0e6, rel=0.002)
     assert mini.num_parameters() == pytest.approx(14.5e6, rel=0.01)
