@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tbf.data.files import write_bytes, write_json
-from tbf.data.shards import ShardInfo
+from tbf.data.shards import ShardInfo, read_documents
 
 HASHES_AT_ONCE = 20_000_000
 """About 1 GB of memory while a slice is sorted."""
@@ -27,7 +27,7 @@ def mark_duplicates(folder: Path, shards: Sequence[ShardInfo], *, hashes_at_once
     for number in range(slices):
         hashes, owners, documents = [], [], []
         for owner, shard in enumerate(shards):
-            values = np.fromfile(folder / f"{shard.name}.idx", "<u8", offset=8 * (shard.documents + 1))
+            _, values = read_documents(folder, shard)
             picked = np.flatnonzero(values % np.uint64(slices) == number)
             hashes.append(values[picked])
             owners.append(np.full(len(picked), owner, "<u4"))

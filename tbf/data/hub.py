@@ -18,7 +18,7 @@ from tbf.errors import DataError
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 6
-"""Tries per part when the network fails; the waits double from one second."""
+"""Tries without any progress when the network fails; the waits double from one second."""
 _ENOUGH_PARTS = 16  # with fewer files, parts are groups of rows where the format allows it
 
 
@@ -108,8 +108,9 @@ def read_hub_part(part: Part, problems: Problems) -> Iterator[str]:
         DataError: the network stays away, or the dataset is not the one that was listed.
     """
     spec = f"hf:{part.path}:{part.split}"
-    done = 0
-    for attempt in range(ATTEMPTS):
+    done = attempt = 0
+    while True:
+        before = done
         try:
             stream = _stream(part.path, part.revision, part.split, spec)
             if stream.num_shards != part.end:
@@ -125,9 +126,10 @@ def read_hub_part(part: Part, problems: Problems) -> Iterator[str]:
                     problems.record("null" if value is None else "wrong_type")
             return
         except (OSError, TimeoutError) as error:
-            if attempt + 1 == ATTEMPTS:
+            attempt = 1 if done > before else attempt + 1
+            if attempt == ATTEMPTS:
                 raise DataError(
-                    f"{spec}: part {part.start} broke off {ATTEMPTS} times ({_short(error)}); "
+                    f"{spec}: part {part.start} cannot be read after {ATTEMPTS} tries ({_short(error)}); "
                     "run the same command again: it goes on where it stopped"
                 ) from error
-            time.sleep(2**attempt)
+            time.sleep(2 ** (attempt - 1))

@@ -19,7 +19,7 @@ import numpy as np
 
 from tbf.data.files import folder_lock, make_folder, read_json, write_bytes, write_json
 from tbf.data.hashing import mix
-from tbf.data.shards import PREPARE_AGAIN, ShardIndex, ShardInfo
+from tbf.data.shards import ShardIndex, ShardInfo, read_documents
 from tbf.data.workers import run_jobs
 from tbf.errors import DataError
 
@@ -156,10 +156,8 @@ def build_rows(index: ShardIndex, seq_len: int, validation_share: float, *, proc
 
 def _kept(index: ShardIndex, shard: ShardInfo) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(first token, tokens, place in the split order) of the shard's documents that are no repetitions."""
-    values = np.fromfile(index.folder / f"{shard.name}.idx", "<u8")
-    if len(values) != 2 * shard.documents + 1:
-        raise DataError(f"{index.folder / shard.name}.idx: cut short; {PREPARE_AGAIN}")
-    offsets, hashes = values[: shard.documents + 1].astype(np.int64), values[shard.documents + 1 :]
+    offsets, hashes = read_documents(index.folder, shard)
+    offsets = offsets.astype(np.int64)
     keep = np.ones(shard.documents, bool)
     keep[index.duplicates(shard)] = False
     return offsets[:-1][keep], np.diff(offsets)[keep], mix(hashes[keep])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -12,15 +12,15 @@ from typing import Protocol
 from tbf.data.cleaning import CleanOptions
 from tbf.data.files import fingerprint, folder_lock
 from tbf.data.packing import build_rows
-from tbf.data.readers import read_part
-from tbf.data.sharding import PrepareOptions, list_sources, make_plan, parse_sources, prepare, verify
+from tbf.data.plan import PrepareOptions, list_sources, make_plan, parse_sources
+from tbf.data.ramdisk import is_ram_disk, record_ram_dir, recorded_copy
+from tbf.data.sharding import DEFAULTS, PrepareResult, prepare, verify
 from tbf.data.shards import record_validation_share
 from tbf.data.sources import Problems
+from tbf.data.storage import room
 from tbf.data.tokenizer import MODEL_FILE, SpanishSPMTokenizer
-from tbf.errors import DataError
+from tbf.data.tokenizer_tools import SAMPLE_GB, train_tokenizer
 
-TOKENIZER_SAMPLE = 1 << 30
-"""Bytes of text that a tokenizer is trained on at first use."""
 AS_GIVEN = PrepareOptions(clean=CleanOptions(min_chars=1, min_spanish=0.0))
 """Cleaning of text named to the trainer directly: only what no corpus wants. `tbf data prepare` cleans more."""
 
@@ -48,6 +48,7 @@ def prepare_data(
     options: PrepareOptions = AS_GIVEN,
     progress: bool = True,
     check: bool | None = None,
+    count_too: Sequence[Path] = (Path("runs"),),
 ) -> tuple[Path, SpanishSPMTokenizer]:
     """Returns a folder of shards with packed rows for `data`, and the tokenizer that made them.
 
@@ -56,28 +57,33 @@ def prepare_data(
 
     Args:
         tokenizer: None trains one of `vocab_size` ids on the source, or takes the one of a prepared folder.
-        cache_dir: where shards and trained tokenizers are kept, under names made from their content.
+        cache_dir: where shards and trained tokenizers are kept, under names made from their content; '' is
+            ~/.cache/tbf. On a RAM disk only copies are kept, made in the background as far as there is room.
         progress: show bars, and say when another process is waited for.
         check: compare shards that were there before with their recorded hashes; None: where `progress` is shown, so
             that one process of a run does it.
+        count_too: folders that share the disk budget with the cache: runs with their checkpoints and exports.
 
     Raises:
         DataError: nothing usable in the source, damaged or foreign shards, or no room.
     """
     processes = max(1, data.num_workers)
+    ram_dir: Path | None = None
     check = progress if check is None else check
     if (Path(data.source) / "index.json").is_file():
         folder = Path(data.source)
         tokenizer = tokenizer or SpanishSPMTokenizer.from_pretrained(folder / "tokenizer")
     else:
         cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
+        if is_ram_disk(cache) and (on_disk := default_cache()).absolute() != cache.absolute():
+            ram_dir, cache = cache, on_disk
         options = replace(options, processes=processes, progress=progress, validation_share=data.validation_share)
         sources = parse_sources(data.source)
         tokenizer = tokenizer or _cached_tokenizer(sources, cache, vocab_size, options)
         plan = make_plan(sources, tokenizer, options)
         folder = cache / "shards" / f"{_slug(data.source)}-{plan['key'][:12]}"
         check = check and (folder / "index.json").is_file()
-        budget = int(data.disk_budget_gb * 1e9)
+        budget = room(data.disk_budget_gb, folder, [cache, *count_too])
         result = prepare(sources, tokenizer, folder, replace(options, disk_budget=budget))
         for path, reason in result.bad_files.items():
             print(f"skipped {path}: {reason}", file=sys.stderr)
@@ -88,6 +94,9 @@ def prepare_data(
     if check:
         verify(folder, processes=processes, progress=progress)
     build_rows(index, data.seq_len, data.validation_share, processes=processes)
+    record_ram_dir(folder, ram_dir)
+    if progress and (copy := recorded_copy(folder, index.key)):
+        copy.start()
     return folder, tokenizer
 
 
@@ -99,31 +108,41 @@ def _cached_tokenizer(
     sources: Sequence[tuple[str, float | None]], cache: Path, vocab_size: int, options: PrepareOptions
 ) -> SpanishSPMTokenizer:
     content = [source.identity for source in list_sources(sources, options, Problems(options.strict))[0]]
-    folder = cache / "tokenizers" / f"{_slug(sources[0][0])}-{fingerprint([content, vocab_size, TOKENIZER_SAMPLE])}"
+    folder = cache / "tokenizers" / f"{_slug(sources[0][0])}-{fingerprint([content, vocab_size, SAMPLE_GB])}"
+    return _tokenizer_in(folder, sources, vocab_size, options)
+
+
+def _tokenizer_in(
+    folder: Path, sources: Sequence[tuple[str, float | None]], vocab_size: int, options: PrepareOptions
+) -> SpanishSPMTokenizer:
+    """The tokenizer of a folder, trained there if it is missing."""
     with folder_lock(folder, "training a tokenizer", quiet=not options.progress):
-        if (folder / MODEL_FILE).exists():
-            return SpanishSPMTokenizer.from_pretrained(folder)
-        texts = sample_texts(sources, options, TOKENIZER_SAMPLE)
-        tokenizer = SpanishSPMTokenizer.train(texts, vocab_size)
-        tokenizer.save_pretrained(folder)
-        return tokenizer
+        if not (folder / MODEL_FILE).exists():
+            train_tokenizer(sources, folder, vocab_size=vocab_size, options=options)
+        return SpanishSPMTokenizer.from_pretrained(folder)
 
 
-def sample_texts(
-    sources: Sequence[tuple[str, float | None]], options: PrepareOptions, sample_bytes: int
-) -> Iterator[str]:
-    """Streams about `sample_bytes` of text spread over the sources' parts. Raises DataError when there is none."""
-    problems = Problems(options.strict)
-    listed, _ = list_sources(sources, options, problems)
-    parts = [part for source in listed for part in source.parts]
-    step = max(1, sum(part.text_bytes for part in parts) // sample_bytes)
-    taken = 0
-    for part in parts[::step]:
-        for text in read_part(part, problems):
-            taken += len(text.encode("utf-8", "ignore"))
-            yield text
-            if taken >= sample_bytes:
-                return
-    if not taken:
-        reasons = "; ".join(f"{path}: {why}" for path, why in list(problems.files.items())[:3])
-        raise DataError(f"{sources[0][0]}: no text in it ({reasons or 'the source is blank'})")
+def prepare_folder(
+    sources: str | Sequence[tuple[str, float | None]],
+    out: str | Path,
+    *,
+    tokenizer: SpanishSPMTokenizer | None = None,
+    vocab_size: int = 50_000,
+    options: PrepareOptions = DEFAULTS,
+    disk_budget_gb: float = 300.0,
+    count_too: Sequence[Path] = (Path("runs"),),
+) -> PrepareResult:
+    """What `tbf data prepare` does: shards of `sources` in `out`, which then is a source for the trainer.
+
+    Args:
+        sources: a spec, a mixture `a=0.7,b=0.3`, or (spec, weight) pairs of several sources.
+        tokenizer: None takes the one in `out`, or trains one of `vocab_size` ids on a sample of the sources.
+
+    Raises:
+        DataError, ConfigError: as `tbf.data.sharding.prepare`.
+    """
+    out = Path(out)
+    pairs = parse_sources(sources) if isinstance(sources, str) else list(sources)
+    tokenizer = tokenizer or _tokenizer_in(out / "tokenizer", pairs, vocab_size, options)
+    budget = room(disk_budget_gb, out, [default_cache(), *count_too])
+    return prepare(pairs, tokenizer, out, replace(options, disk_budget=budget))

@@ -17,7 +17,7 @@ from tbf.data.sources import Part, Problems
 LONGEST_LINE = 64 << 20
 """Bytes of one JSON line; longer ones are skipped and counted."""
 _CHUNK = 1 << 20
-_CONVERT = "convert it to UTF-8, e.g. `iconv -f ISO-8859-1 -t UTF-8 FILE > NEW`"
+_CONVERT = "convert it to UTF-8, e.g. `iconv -f ISO-8859-1 -t UTF-8 FILE > NEW`, or copy it again if it is damaged"
 _ROWS = 128  # rows decoded at a time from parquet
 
 

@@ -8,7 +8,7 @@
     DIR/shard-00000.dup     uint32 numbers of documents that an earlier shard already has (only where there are some)
     DIR/index.json          all of it, written at the end
 
-Files are flat and little-endian, so they can be memory-mapped by anything; `Shard` reads them at given positions
+Files are flat and little-endian, so they can be memory-mapped by anything; `FlatFile` reads them at given positions
 instead, which keeps the resident memory of a reader flat and makes a cut file an error and not a SIGBUS.
 """
 
@@ -24,15 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from tbf.data.cleaning import CleanOptions, clean
-from tbf.data.files import read_json, sha256_file, sync_folder, write_bytes, write_errors, write_json
+from tbf.data.files import read_json, sha256_file, sync_folder, write_json
 from tbf.data.tokenizer import SpanishSPMTokenizer, token_dtype
 from tbf.errors import DataError
 
 FORMAT = 1
 PREPARE_AGAIN = "prepare the data again (`tbf data prepare`)"
-_BATCH_CHARS = 16 << 20
-"""Text cleaned and tokenised at a time."""
 
 
 def shard_name(number: int) -> str:
@@ -80,131 +77,38 @@ class ShardInfo:
         return info if complete else None
 
 
-class ShardWriter:
-    """Cleans, deduplicates, tokenises and writes the documents of one shard, aside until `finish`."""
+class FlatFile:
+    """Reads values of one type at any position of a file. Not shared between processes: each opens its own."""
 
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        source: str,
-        tokenizer: SpanishSPMTokenizer,
-        options: CleanOptions,
-    ) -> None:
-        self.folder, self.name, self.tokenizer, self.options = folder, name, tokenizer, options
-        self.info = ShardInfo(name, source, token_bytes=token_dtype(tokenizer.vocab_size).itemsize)
-        self.counts: Counter[str] = Counter()
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._ends: list[int] = [0]
-        self._hashes: list[int] = []
-        self._seen: set[int] = set()
-        self._texts: list[str] = []
-        self._waiting = 0
-        self._digest = hashlib.sha256()
-        self._aside = folder / f".{name}.bin.{os.getpid()}.tmp"
-        with write_errors(self._aside):
-            self._file = self._aside.open("wb")
-
-    @property
-    def tokens(self) -> int:
-        return self._ends[-1]
-
-    def add(self, text: str) -> None:
-        """Takes one raw document."""
-        self.info.read_documents += 1
-        for document in clean(text, self.options, self.counts):
-            encoded = document.encode("utf-8")
-            key = int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
-            if self.options.duplicates:
-                if key in self._seen:
-                    self.counts["duplicate"] += 1
-                    continue
-                self._seen.add(key)
-            self._texts.append(document)
-            self._hashes.append(key)
-            self.info.text_bytes += len(encoded)
-            self._waiting += len(document)
-            if self._waiting >= _BATCH_CHARS:
-                self.flush()
-
-    def flush(self) -> None:
-        """Tokenises and writes what is waiting."""
-        if not self._texts:
-            return
-        ids, ends = self.tokenizer.encode_batch(self._texts)
-        kept_hashes = self._hashes[: len(self._hashes) - len(self._texts)]
-        framed = np.empty(len(ids) + 2 * len(ends), self._dtype)
-        start = at = 0
-        for key, end in zip(self._hashes[len(kept_hashes) :], ends.tolist()):
-            if end == start:
-                self.counts["no_tokens"] += 1
-                continue
-            kept_hashes.append(key)
-            framed[at] = self.tokenizer.cls_id
-            framed[at + 1 : at + 1 + end - start] = ids[start:end]
-            at += end - start + 2
-            framed[at - 1] = self.tokenizer.sep_id
-            self._ends.append(self._ends[-1] + end - start + 2)
-            start = end
-        self._hashes, self._texts, self._waiting = kept_hashes, [], 0
-        self.info.unknown_tokens += int(np.count_nonzero(ids == self.tokenizer.unk_id))
-        data = framed[:at].tobytes()
-        self._digest.update(data)
-        with write_errors(self._aside):
-            self._file.write(data)
-
-    def finish(self, bad_records: Counter[str], bad_files: dict[str, str]) -> ShardInfo:
-        """Flushes to the disk and renames: tokens, then offsets, then the counts that mark the shard as finished."""
-        self.flush()
-        with write_errors(self._aside):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        index = np.array(self._ends + self._hashes, "<u8").tobytes()
-        info = self.info
-        info.documents, info.tokens = len(self._hashes), self._ends[-1]
-        info.counts = dict(sorted((self.counts + bad_records).items()))
-        info.bad_files = dict(sorted(bad_files.items()))
-        info.sha256 = {"bin": self._digest.hexdigest(), "idx": hashlib.sha256(index).hexdigest()}
-        with write_errors(self._aside):
-            self._aside.replace(self.folder / f"{self.name}.bin")
-        write_bytes(self.folder / f"{self.name}.idx", index, durable=False)
-        write_json(self.folder / f"{self.name}.json", info.to_dict())
-        return info
-
-    def discard(self) -> None:
-        self._file.close()
-        self._aside.unlink(missing_ok=True)
-
-
-class Shard:
-    """Reads one finished shard at any position. Not shared between processes: each opens its own."""
-
-    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
-        self.dtype = dtype
-        self.path = folder / f"{name}.bin"
-        self._index = folder / f"{name}.idx"
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.path, self.dtype = path, dtype
         try:
-            self._file = os.open(self.path, os.O_RDONLY)
+            self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror}); {PREPARE_AGAIN}") from None
+            raise DataError(f"{path}: cannot be read ({error.strerror}); {PREPARE_AGAIN}") from None
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from token `start`. Raises DataError when the file ends before."""
+        """`count` values from number `start`. Raises DataError when the file ends before."""
         size = self.dtype.itemsize
         data = os.pread(self._file, count * size, start * size)
         if len(data) != count * size:
-            raise DataError(f"{self.path}: cut short at token {start + len(data) // size}; {PREPARE_AGAIN}")
+            raise DataError(f"{self.path}: cut short at value {start + len(data) // size}; {PREPARE_AGAIN}")
         return np.frombuffer(data, self.dtype)
-
-    def documents(self) -> tuple[np.ndarray, np.ndarray]:
-        """(offsets uint64 [documents + 1], hashes uint64 [documents])."""
-        values = np.fromfile(self._index, "<u8")
-        count = len(values) // 2
-        return values[: count + 1], values[count + 1 :]
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def read_documents(folder: Path, shard: ShardInfo) -> tuple[np.ndarray, np.ndarray]:
+    """(token offsets uint64 [documents + 1], text hashes uint64 [documents]) of a shard. Raises DataError when cut."""
+    path = folder / f"{shard.name}.idx"
+    try:
+        values = np.fromfile(path, "<u8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {PREPARE_AGAIN}") from None
+    if len(values) != 2 * shard.documents + 1:
+        raise DataError(f"{path}: cut short; {PREPARE_AGAIN}")
+    return values[: shard.documents + 1], values[shard.documents + 1 :]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 from tbf.data.cleaning import CleanOptions
 from tbf.data.duplicates import mark_duplicates
 from tbf.data.sharding import PrepareOptions, parse_sources, prepare, verify
-from tbf.data.shards import Shard, ShardIndex, ShardInfo, token_dtype
+from tbf.data.shards import FlatFile, ShardIndex, ShardInfo, read_documents, token_dtype
 from tbf.data.tokenizer import SpanishSPMTokenizer
 from tbf.errors import ConfigError, DataError
 
@@ -33,8 +33,8 @@ def documents(folder: Path, tokenizer: SpanishSPMTokenizer) -> list[str]:
     index = ShardIndex.read(folder)
     found = []
     for info in index.shards:
-        shard = Shard(folder, info.name, index.dtype)
-        offsets, _ = shard.documents()
+        shard = FlatFile(folder / f"{info.name}.bin", index.dtype)
+        offsets, _ = read_documents(folder, info)
         drop = set(index.duplicates(info).tolist())
         for i, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist())):
             ids = shard.read(start, end - start)

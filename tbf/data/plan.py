@@ -1,0 +1,128 @@
+"""Decides which text goes into which shard, before any work starts and from the sources alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tbf.data.cleaning import CleanOptions
+from tbf.data.files import fingerprint, read_json, write_json
+from tbf.data.shards import FORMAT, shard_name
+from tbf.data.sources import Part, Problems, ReadOptions, Source, list_source
+from tbf.data.tokenizer import SpanishSPMTokenizer
+from tbf.errors import ConfigError, DataError
+
+SHARD_TEXT = (16 << 20, 256 << 20)
+"""Least and most bytes of text a shard; in between, a corpus gets about 32 shards."""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How a corpus is prepared. Only `read`, `clean` and `shard_bytes` change the shards."""
+
+    read: ReadOptions = field(default_factory=ReadOptions)
+    clean: CleanOptions = field(default_factory=CleanOptions)
+    shard_bytes: int = 0
+    """Text per shard; 0: by the size of the corpus."""
+    processes: int = 1
+    strict: bool = False
+    """Refuse bad files instead of naming and skipping them."""
+    validation_share: float = 0.05
+    """Recorded for readers that name none; documents are held out when rows are packed."""
+    share: tuple[int, int] = (0, 1)
+    """(i, n): make the shards whose number is i modulo n; for n machines on one shared folder."""
+    disk_budget: int | None = None
+    """Bytes that the folder may grow by; None: all but `KEEP_FREE` of what is free."""
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        number, count = self.share
+        if not 0 <= number < count:
+            raise ConfigError(f"shard {number}/{count} does not exist; use 0/{count} to {count - 1}/{count}")
+
+
+def parse_sources(text: str) -> list[tuple[str, float | None]]:
+    """`SPEC`, or a mixture `SPEC=0.7,SPEC=0.3` of shares of the rows. Raises ConfigError for weights that are none."""
+    pieces = text.split(",")
+    if len(pieces) == 1 and "=" not in text:
+        return [(text, None)]
+    if Path(text).exists():
+        return [(text, None)]
+    parsed = []
+    for piece in pieces:
+        spec, sign, share = piece.strip().rpartition("=")
+        try:
+            weight = float(share)
+        except ValueError:
+            weight = 0.0
+        if not sign or not spec or weight <= 0:
+            raise ConfigError(f"mixture {text!r}: {piece!r} is not SOURCE=SHARE; write e.g. libros=0.7,leyes=0.3")
+        parsed.append((spec, weight))
+    if len({spec for spec, _ in parsed}) != len(parsed):
+        raise ConfigError(f"mixture {text!r} names a source twice; add its shares up")
+    total = sum(weight for _, weight in parsed)
+    return [(spec, weight / total) for spec, weight in parsed]
+
+
+def list_sources(
+    sources: Sequence[tuple[str, float | None]], options: PrepareOptions, problems: Problems
+) -> tuple[list[Source], int]:
+    """Lists every source with parts small enough for the corpus' shards; returns them and the text bytes per shard."""
+    least, most = SHARD_TEXT
+    wanted = options.shard_bytes or most
+    listed = [
+        list_source(spec, options.read, part_bytes=min(wanted, 64 << 20), problems=problems) for spec, _ in sources
+    ]
+    if not options.shard_bytes:
+        wanted = min(max(sum(source.text_bytes for source in listed) // 32, least), most)
+        if wanted < 64 << 20:
+            listed = [list_source(spec, options.read, part_bytes=wanted, problems=problems) for spec, _ in sources]
+    return listed, wanted
+
+
+def make_plan(
+    sources: Sequence[tuple[str, float | None]], tokenizer: SpanishSPMTokenizer, options: PrepareOptions
+) -> dict[str, Any]:
+    """Decides what goes into which shard. The plan is JSON; its `key` names everything that decides a byte."""
+    problems = Problems(options.strict)
+    listed, wanted = list_sources(sources, options, problems)
+    shards: list[dict[str, Any]] = []
+    for source in listed:
+        waiting: list[Part] = []
+        for part in source.parts:
+            if waiting and sum(p.text_bytes for p in waiting) + part.text_bytes > wanted:
+                shards.append(_planned(len(shards), source, waiting))
+                waiting = []
+            waiting.append(part)
+        shards.append(_planned(len(shards), source, waiting))
+    plan = {
+        "format": FORMAT,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "clean": asdict(options.clean),
+        "content": [source.identity for source in listed],
+        "shards": shards,
+    }
+    plan["key"] = fingerprint(plan, 64)
+    plan["sources"] = [{"name": spec, "weight": weight} for spec, weight in sources]
+    plan["bad_files"] = problems.files
+    plan["validation_share"] = options.validation_share
+    return plan
+
+
+def _planned(number: int, source: Source, parts: list[Part]) -> dict[str, Any]:
+    return {"name": shard_name(number), "source": source.spec, "parts": [part.to_dict() for part in parts]}
+
+
+def accept_plan(folder: Path, plan: dict[str, Any]) -> None:
+    path = folder / "plan.json"
+    if path.exists():
+        before = read_json(path, f"delete {folder} and prepare the data again")
+        if before.get("key") != plan["key"]:
+            raise DataError(
+                f"{folder}: holds shards of other sources, another tokenizer or other cleaning options; "
+                "name another folder, or delete this one"
+            )
+    write_json(path, plan)
