@@ -76,7 +76,8 @@ def _resolve(name: str, spec: str) -> tuple[str, str]:
     except (errors.LocalEntryNotFoundError, errors.HFValidationError, OSError):
         raise DataError(
             f"{spec}: no copy in the hub cache ({reason}); connect, or download it elsewhere with "
-            f"`hf download {name} --repo-type dataset` and copy the cache folder, or name local files"
+            f"`hf download {name} --repo-type dataset` and copy the cache folder, or name local files "
+            "or a folder of shards made before"
         ) from None
     log.warning("%s: reading the copy in %s (%s)", spec, folder, reason)
     return folder, Path(folder).name

@@ -125,4 +125,7 @@ def accept_plan(folder: Path, plan: dict[str, Any]) -> None:
                 f"{folder}: holds shards of other sources, another tokenizer or other cleaning options; "
                 "name another folder, or delete this one"
             )
+        if before == plan:
+            path.touch()  # tells when the shards were used last
+            return
     write_json(path, plan)

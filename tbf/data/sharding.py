@@ -7,6 +7,7 @@ making, and the files are the same bytes whoever made them, in whatever order.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from tbf.data.shard_writer import ShardWriter
 from tbf.data.shards import ShardIndex, ShardInfo, verify_shard, write_index
 from tbf.data.sources import Part, Problems
 from tbf.data.storage import KEEP_FREE
-from tbf.data.tokenizer import SpanishSPMTokenizer
+from tbf.data.tokenizer import MODEL_FILE, SpanishSPMTokenizer
 from tbf.data.workers import run_jobs
 from tbf.errors import DataError
 
@@ -73,7 +74,8 @@ def prepare(
     number, count = options.share
     with folder_lock(folder, "preparing data", name=f"prepare-{number}-{count}", quiet=not options.progress):
         accept_plan(folder, plan)
-        tokenizer.save_pretrained(folder / "tokenizer")
+        if not _holds(folder / "tokenizer", tokenizer):
+            tokenizer.save_pretrained(folder / "tokenizer")
         mine = [shard for i, shard in enumerate(plan["shards"]) if i % count == number]
         for shard in mine:
             for stale in folder.glob(f".{shard['name']}.*.tmp"):
@@ -87,7 +89,7 @@ def prepare(
         if not complete and not note:
             note = f"{len(infos) - len(finished)} shards are left to the other machines; the last one writes the index"
         elif finished:
-            _finish(folder, plan, finished, complete, note)
+            _finish(folder, plan, finished, complete, note, changed=bool(made))
     counts: Counter[str] = Counter()
     bad_files = dict(plan["bad_files"])
     for info in finished:
@@ -118,10 +120,25 @@ def _why(result: PrepareResult) -> str:
     return "; ".join(reasons) or "the source is blank"
 
 
-def _finish(folder: Path, plan: dict[str, Any], infos: list[ShardInfo], complete: bool, note: str) -> None:
-    if plan["clean"]["duplicates"]:
+def _holds(folder: Path, tokenizer: SpanishSPMTokenizer) -> bool:
+    file = folder / MODEL_FILE
+    return file.exists() and file.read_bytes() == tokenizer.model
+
+
+def _finish(
+    folder: Path, plan: dict[str, Any], infos: list[ShardInfo], complete: bool, note: str, *, changed: bool
+) -> None:
+    """Looks for duplicates when there are new shards, and writes the index when it says anything new."""
+    before = None
+    if not changed:
+        with contextlib.suppress(DataError):
+            before = ShardIndex.read(folder)
+    if plan["clean"]["duplicates"] and (before is None or len(before.shards) != len(infos)):
         mark_duplicates(folder, infos)
-    write_index(folder, plan, infos, complete=complete, note=note)
+    if before is None or (before.sources, before.shards, before.complete, before.note) != (
+        tuple(plan["sources"]), tuple(infos), complete, note
+    ):  # fmt: skip
+        write_index(folder, plan, infos, complete=complete, note=note)
 
 
 def _make_shards(
