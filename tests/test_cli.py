@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tbf import cli
 from tests.export.tiny_runs import TEXT, tiny_tokenizer, write_export
@@ -183,19 +182,20 @@ def test_data_prepare_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_params_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    from tbf.commands.params import count_parts
+    from tbf.commands.params import count_ternary
     from tbf.config import load_run_config
-    from tbf.model.encoder import TormentedBertFrankenstein
+    from tbf.model.flops import build_meta, forward_flops_per_token
 
-    assert run("params", "mini", "--set", "model.hidden_size=192") == 0
+    assert run("params", "mini_moe", "--set", "model.hidden_size=192") == 0
     shown = capsys.readouterr().out
-    config = load_run_config("mini", ["model.hidden_size=192"]).model.replace(vocab_size=4096)
-    with torch.device("meta"):
-        model = TormentedBertFrankenstein(config)
-    parts, ternary = count_parts(model)
-    assert sum(parts.values()) == model.num_parameters()
-    assert f"{model.num_parameters():,}" in shown
-    assert 0 < ternary < model.num_parameters()
-    assert "mixer retnet" in shown
+    model = build_meta(load_run_config("mini_moe", ["model.hidden_size=192"]).model.replace(vocab_size=4096))
+    total = model.num_parameters()
+    assert f"{total:,}" in shown and "2 of 4 experts" in shown
+    assert f"{sum(forward_flops_per_token(model.config, 256).values()) / 1e6:,.2f}" in shown
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".ffn." in name and p.ndim == 3)
+    assert experts < count_ternary(model) < total
+    lines = [line.split() for line in shown.splitlines()]
+    counts = [int(words[1].replace(",", "")) for words in lines if len(words) == 5 and words[2].endswith("%")]
+    assert sum(counts) == total
     assert run("params", "minni") == 2
     assert "did you mean 'mini'" in capsys.readouterr().err

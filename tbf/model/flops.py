@@ -11,6 +11,7 @@ import torch
 
 from tbf.model.config import UltraConfig
 from tbf.model.encoder import TormentedBertFrankenstein
+from tbf.ops.hope import BLOCK as HOPE_BLOCK
 
 SCAN_CHUNK = 64
 """Chunk length of `ops.decay_scan`, for the operation count."""
@@ -72,26 +73,28 @@ def mixing_flops_per_token(config: UltraConfig, mixer: str, window: int, seq_len
     keys = min(seq_len, window) if window else seq_len
     width = config.hidden_size
     if mixer == "retnet":
-        return _scan_flops(config.retention_heads, config.retention_head_dim, config.retention_head_dim, seq_len, 1)
-    if mixer == "mamba":
-        return _scan_flops(config.mamba_heads, config.mamba_state_size, config.mamba_head_dim, seq_len, 2)
-    products = 2.0
-    if mixer == "titan_attn" and config.use_hope:
-        products = 3.0  # HoPE needs a product for each direction
-    attention = 2.0 * products * keys * width
+        k = config.retention_head_dim
+        return _scan_flops(seq_len, config.retention_heads, k, k, score_products=config.retention_heads)
+    if mixer == "mamba":  # both directions have scores of their own, one set for all heads
+        heads, state, value = config.mamba_heads, config.mamba_state_size, config.mamba_head_dim
+        second_direction = 2.0 * min(SCAN_CHUNK, seq_len) * value * heads
+        return second_direction + _scan_flops(seq_len, heads, state, value, score_products=2)
+    attention = 4.0 * keys * width
     if mixer == "ode":
         return attention * ode_evaluations(config)
+    if mixer == "titan_attn" and config.use_hope:
+        attention += 2.0 * min(keys, HOPE_BLOCK) * width  # a block itself needs a product for each direction
     if mixer == "titan_attn" and config.titan_memory == "linear":
         k, c = config.head_dim, min(config.titan_chunk_size, seq_len)
-        attention += 2 * config.num_heads * (4 * c * k + 10 * k * k + 2 * c * c)
+        attention += 2 * config.num_heads * (4 * c * k + 18 * k * k + 2 * c * c)
     return attention
 
 
-def _scan_flops(heads: int, key_dim: int, value_dim: int, seq_len: int, intra_products: int) -> float:
+def _scan_flops(seq_len: int, heads: int, key_dim: int, value_dim: int, score_products: int) -> float:
     chunk = min(SCAN_CHUNK, seq_len)
-    intra = 2.0 * chunk * (key_dim + value_dim) * intra_products
-    states = 2 * 4.0 * key_dim * value_dim  # two directions, each writes and reads the state
-    return heads * (intra + states)
+    intra = 2.0 * chunk * (key_dim * score_products + value_dim * heads)
+    states = 2 * 4.0 * key_dim * value_dim * heads  # two directions, each writes and reads the state
+    return intra + states
 
 
 def _part(name: str, config: UltraConfig) -> str:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tbf.model.config import UltraConfig
+from tbf.model.encoder import TormentedBertFrankenstein
 from tbf.model.flops import build_meta, forward_flops_per_token, ode_evaluations, parameters_by_part
 
 SMALL = {"vocab_size": 500, "hidden_size": 64, "num_heads": 4, "retention_heads": 4, "factorized_embedding_dim": 32}
@@ -37,3 +41,18 @@ def test_the_full_model_has_the_published_size():
     config = UltraConfig(retention_heads=16)
     assert build_meta(config).num_parameters() == pytest.approx(454e6, rel=0.01)
     assert sum(forward_flops_per_token(config, 512).values()) == pytest.approx(2.38e9, rel=0.05)
+
+
+@pytest.mark.parametrize("mixer", ["titan_attn", "retnet", "mamba", "ode", "standard_attn"])
+def test_operations_agree_with_those_that_torch_counts(mixer):
+    """Rows of many chunks, so that nothing is rounded up; layers in floating point, which the counter knows."""
+    config = UltraConfig(
+        **SMALL, num_layers=1, num_loops=2, layer_pattern=(mixer,), use_bitnet=False, mamba_head_dim=16,
+        mamba_state_size=16, titan_chunk_size=16,
+    )  # fmt: skip
+    model, tokens = TormentedBertFrankenstein(config), 512
+    ids = torch.arange(tokens).remainder(400)[None]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids)
+    ours = sum(forward_flops_per_token(config, tokens, masked_share=0.0).values())
+    assert ours == pytest.approx(counter.get_total_flops() / tokens, rel=0.02)
