@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_readmes_commands_run_in_order(tmp_path):
     """Every command of the README's bash blocks, then its Python, in a fresh folder that sees the clone's files."""
-    for name in ("launch", "tools", "ds_configs", "tbf", "Makefile"):
+    for name in ("launch", "tools", "ds_configs", "tbf", "Makefile", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     env = environment(
         PYTHONPATH=str(ROOT), XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))

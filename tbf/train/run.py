@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from tbf.data.prepare import prepare_data
 from tbf.data.tokenizer import SpanishSPMTokenizer
 from tbf.errors import ConfigError
 from tbf.hardware.probe import peak_flops
+from tbf.model.bitlinear import set_ternary_plan, ternary_shapes
 from tbf.model.encoder import TormentedBertFrankenstein
+from tbf.ops.ternary_probe import choose_plan
 from tbf.train import distributed
 from tbf.train.build_ops import prepare_ops
 from tbf.train.callbacks import default_callbacks
@@ -59,7 +62,7 @@ def _train(
     run: RunConfig,
     engine_config: EngineConfig,
     device: torch.device,
-    say: Any,
+    say: Callable[[str], None],
 ) -> int:
     run, tokenizer, shards = _prepare_data(run, say if process.local_rank == 0 else None)
     dataset = PackedDataset(shards, seq_len=run.data.seq_len, seed=run.train.seed, split="train")
@@ -67,7 +70,7 @@ def _train(
     mask = MaskSpec.for_tokenizer(
         tokenizer, run.data.mask_rate, run.data.mask_token_share, run.data.random_token_share, seed=run.train.seed
     )
-    engine = build_engine(run, engine_config)
+    engine = build_engine(run, engine_config, device, say)
     say(f"model: {engine.module.num_parameters():,} parameters; data: {dataset.rows_per_epoch:,} rows of "
         f"{run.data.seq_len} tokens an epoch, {held_out.rows_per_epoch:,} held out; "
         f"global batch {engine.train_batch_size()} rows")  # fmt: skip
@@ -120,11 +123,13 @@ def _train(
     return trainer.stop_request.exit_code if status == "stopped" else 0
 
 
-def build_engine(run: RunConfig, engine_config: EngineConfig) -> Any:
-    """Builds the seeded model, equal on every rank, and gives it to DeepSpeed."""
+def build_engine(run: RunConfig, engine_config: EngineConfig, device: torch.device, say: Callable[[str], None]) -> Any:
+    """Builds the seeded model, equal on every rank, chooses its ternary kernels and gives it to DeepSpeed."""
     torch.manual_seed(run.train.seed)
     model = TormentedBertFrankenstein(run.model)
     model.set_activation_checkpointing(engine_config.checkpointing.granularity)
+    if run.model.use_bitnet:
+        set_ternary_plan(model, choose_plan(device, ternary_shapes(model), say=say))
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model, run.train.weight_decay),
@@ -141,7 +146,7 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
     return run.replace(train={"max_steps": arguments.max_steps}) if arguments.max_steps is not None else run
 
 
-def _prepare_data(run: RunConfig, say: Any) -> tuple[RunConfig, SpanishSPMTokenizer, Path]:
+def _prepare_data(run: RunConfig, say: Callable[[str], None] | None) -> tuple[RunConfig, SpanishSPMTokenizer, Path]:
     """Every rank asks; the first on each node does the work behind a lock, the others find it done."""
     given = SpanishSPMTokenizer.from_pretrained(run.data.tokenizer) if run.data.tokenizer else None
     if given and run.data.vocab_size not in (0, given.vocab_size):
@@ -159,7 +164,7 @@ def _prepare_data(run: RunConfig, say: Any) -> tuple[RunConfig, SpanishSPMTokeni
     return dataclasses.replace(run, model=model), tokenizer, shards
 
 
-def _dry_run(engine: Any, loader: BatchLoader, device: torch.device, say: Any) -> int:
+def _dry_run(engine: Any, loader: BatchLoader, device: torch.device, say: Callable[[str], None]) -> int:
     batch = {name: tensor.to(device) for name, tensor in next(iter(loader))[0].items()}
     output = engine(**batch)
     engine.backward(output.loss)
@@ -167,6 +172,6 @@ def _dry_run(engine: Any, loader: BatchLoader, device: torch.device, say: Any) -
     return 0
 
 
-def _speaker(process: ProcessInfo) -> Any:
+def _speaker(process: ProcessInfo) -> Callable[[str], None]:
     """Rank 0 speaks for all."""
     return (lambda text: print(text, flush=True)) if process.rank == 0 else (lambda text: None)
