@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from tbf.data.shards import record_validation_share
 from tbf.data.sources import Problems
 from tbf.data.storage import room
 from tbf.data.tokenizer import MODEL_FILE, SpanishSPMTokenizer
-from tbf.data.tokenizer_tools import SAMPLE_GB, train_tokenizer
+from tbf.data.tokenizer_tools import SAMPLE_GB, sample_texts, train_tokenizer
+
+__all__ = ["default_cache", "prepare_data", "prepare_folder", "sample_texts", "train_tokenizer"]
 
 AS_GIVEN = PrepareOptions(clean=CleanOptions(min_chars=1, min_spanish=0.0))
 """Cleaning of text named to the trainer directly: only what no corpus wants. `tbf data prepare` cleans more."""
@@ -36,7 +39,8 @@ class DataSection(Protocol):
 
 
 def default_cache() -> Path:
-    return Path("~/.cache/tbf").expanduser()
+    """`tbf` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tbf"
 
 
 def prepare_data(

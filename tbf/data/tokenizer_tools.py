@@ -47,20 +47,19 @@ class TokenizerScore:
 
 
 def sample_texts(
-    sources: Sequence[tuple[str, float | None]], sample_gb: float, options: PrepareOptions = DEFAULTS
+    sources: Sequence[tuple[str, float | None]], options: PrepareOptions, sample_bytes: int
 ) -> Iterator[str]:
-    """Streams about `sample_gb` of text, spread over the sources' parts. Raises DataError when there is none."""
+    """Streams about `sample_bytes` of text, spread over the sources' parts. Raises DataError when there is none."""
     problems = Problems(options.strict)
     listed, _ = list_sources(sources, options, problems)
     parts = [part for source in listed for part in source.parts]
-    wanted = int(sample_gb * 1e9)
-    step = max(1, sum(part.text_bytes for part in parts) // max(1, wanted))
+    step = max(1, sum(part.text_bytes for part in parts) // max(1, sample_bytes))
     taken = 0
     for part in parts[::step]:
         for text in read_part(part, problems):
             taken += len(text.encode("utf-8", "ignore"))
             yield text
-            if taken >= wanted:
+            if taken >= sample_bytes:
                 return
     if not taken:
         reasons = "; ".join(f"{path}: {why}" for path, why in list(problems.files.items())[:3])
@@ -81,7 +80,7 @@ def train_tokenizer(
     The same sources give the same tokenizer. Memory is bounded by the number of different words kept.
     """
     pairs = parse_sources(sources) if isinstance(sources, str) else list(sources)
-    tokenizer = SpanishSPMTokenizer.train(sample_texts(pairs, sample_gb, options), vocab_size, model_type)
+    tokenizer = SpanishSPMTokenizer.train(sample_texts(pairs, options, int(sample_gb * 1e9)), vocab_size, model_type)
     tokenizer.save_pretrained(out)
     return tokenizer
 
@@ -101,7 +100,7 @@ def evaluate_tokenizers(
         DataError: a tokenizer or a source cannot be read.
     """
     pairs = parse_sources(sources) if isinstance(sources, str) else list(sources)
-    texts = list(sample_texts(pairs, text_bytes / 1e9))
+    texts = list(sample_texts(pairs, DEFAULTS, text_bytes))
     return [_score(str(path), _load(Path(path)), texts) for path in tokenizers]
 
 

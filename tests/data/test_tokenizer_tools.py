@@ -21,8 +21,8 @@ def test_sample_is_bounded_and_spread_over_the_source(tmp_path, texts):
     for number in range(5):
         write_jsonl(tmp_path / f"{number}.jsonl", [f"fichero{number} {t}" for t in texts[:50]])
     options = PrepareOptions(shard_bytes=20_000)
-    total = sum(len(t.encode()) for t in sample_texts([(str(tmp_path), None)], 1.0, options))
-    part = list(sample_texts([(str(tmp_path), None)], total / 4 / 1e9, options))
+    total = sum(len(t.encode()) for t in sample_texts([(str(tmp_path), None)], options, 10**9))
+    part = list(sample_texts([(str(tmp_path), None)], options, total // 4))
     size = sum(len(t.encode()) for t in part)
     assert size < 0.3 * total
     assert len({t.split()[0] for t in part}) >= 4
