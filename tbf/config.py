@@ -85,6 +85,8 @@ class TrainConfig:
     weight_decay: float = 0.1
     two_stage_weight_decay: bool = False
     """BitNet's recipe (2402.17764): no weight decay in the second half of the run."""
+    stochastic_loops: bool = False
+    """After the warm-up, a tenth of the steps makes one loop less than model.num_loops, and a tenth one more."""
     beta1: float = 0.9
     beta2: float = 0.98
     adam_eps: float = 1e-8

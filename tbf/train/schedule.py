@@ -1,8 +1,9 @@
-"""Learning rate and weight decay as pure functions of the step, so that resuming needs no state."""
+"""Learning rate, weight decay and loops as pure functions of the step, so that resuming needs no state."""
 
 from __future__ import annotations
 
 import math
+import random
 
 from tbf.config import TrainConfig
 
@@ -25,3 +26,18 @@ def learning_rate(step: int, train: TrainConfig) -> float:
 def weight_decay(step: int, train: TrainConfig) -> float:
     """The decay of matrices; 0 in the second half under the two-stage recipe of BitNet b1.58 (arXiv 2402.17764)."""
     return 0.0 if train.two_stage_weight_decay and 2 * step >= train.max_steps else train.weight_decay
+
+
+def loop_count(step: int, train: TrainConfig, num_loops: int) -> int:
+    """Visits of the layers in a step: `num_loops`, or with `stochastic_loops`, after the warm-up, one less or one more
+    in a tenth of the steps each (never below one), so that the model works at depths near its own (Huginn, 2502.05171,
+    draws them from a wider distribution).
+
+    Drawn from the seed and the step alone: the same on every rank and when the step is taken again.
+    """
+    if not train.stochastic_loops or step < train.warmup_steps:
+        return num_loops
+    draw = random.Random(f"loops {train.seed} {step}").random()
+    if draw < 0.1:
+        return max(1, num_loops - 1)
+    return num_loops + 1 if draw >= 0.9 else num_loops

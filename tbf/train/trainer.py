@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from tbf.train.distributed import sum_over_ranks
 from tbf.train.emergency import write_emergency
 from tbf.train.environment import ProcessInfo
 from tbf.train.order_guard import GradientOrderGuard
-from tbf.train.schedule import learning_rate, weight_decay
+from tbf.train.routing import RoutingTotals
+from tbf.train.schedule import learning_rate, loop_count, weight_decay
 from tbf.train.signals import StopRequest
 
 log = logging.getLogger("tbf")
@@ -90,20 +92,24 @@ class Trainer:
         data_wait = time.perf_counter() - started
 
         self._set_hyperparameters()
+        loops = loop_count(self.step, self.config.train, self.config.model.num_loops)
+        routing = RoutingTotals(self.config.model, self.device)
         self.engine.train()
         masked = sum_over_ranks(count_masked(batches))
         denominator = masked / (self.world_size * len(batches))  # undoes the engine's mean over ranks and micro-steps
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, tokens, stop
         for batch in batches:
-            output = self.engine(**batch, loss_denominator=denominator)
+            output = self.engine(**batch, loss_denominator=denominator, num_loops=loops)
             self.engine.backward(nan_if_not_finite(output.loss))
             self._order_guard.check()
             self.engine.step()
             totals[0] += output.mlm_loss / (self.world_size * len(batches))
             totals[1] += output.masked_correct
             totals[2] += (batch["segment_ids"] > 0).sum()
+            routing.add(output.router)
         totals[3] += self.stop_request.requested
         loss, correct, tokens, stop = sum_over_ranks(totals).tolist()
+        routing.reduce()
 
         applied = self.engine.was_step_applied()
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
@@ -111,7 +117,12 @@ class Trainer:
         self.tokens += int(tokens)
         self.stop_request.agree(stop)
         self._guard(applied, loss, grad_norm, batches)
-        return self._metrics(loss, correct / masked.item(), grad_norm, tokens, time.perf_counter() - started, data_wait)
+        if applied:
+            routing.update_biases(self.engine.module)
+        metrics = self._metrics(
+            loss, correct / masked.item(), grad_norm, tokens, time.perf_counter() - started, data_wait
+        )
+        return replace(metrics, loops=loops, **routing.metrics())
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -205,6 +205,7 @@ def steps(path, superseded="0"):
 
 
 def recorded(tmp_path, start, count, log_every=2, **changes):
+    tmp_path.mkdir(exist_ok=True)
     callbacks = [CsvMetrics(tmp_path / "metrics.csv", log_every), Evaluation(6)]
     FakeTrainer(tmp_path, callbacks, step=start).run(count, **changes)
     return tmp_path / "metrics.csv"
@@ -220,6 +221,14 @@ def test_metrics_have_one_row_a_step_with_every_column(tmp_path):
     assert by_step[6]["val_loss"] == "4.94" and by_step[6]["val_masked_accuracy"] == "0.25"
     assert float(by_step[6]["loss"]) == 1.0 / 9
     assert by_step[0]["val_loss"] == "5.0" and by_step[0]["loss"] == ""
+
+
+def test_routers_have_columns_that_dense_models_leave_empty(tmp_path):
+    (row,) = rows(recorded(tmp_path / "dense", 0, 1))[1:]
+    assert row["expert_share_min"] == row["router_dropped"] == "" and row["loops"] == "1"
+    router = {"expert_share_min": 0.125, "expert_share_max": 0.4, "router_entropy": 1.25, "router_dropped": 0.0}
+    (row,) = rows(recorded(tmp_path / "experts", 0, 1, loops=3, **router))[1:]
+    assert {name: float(row[name]) for name in router} == router and row["loops"] == "3"
 
 
 def test_a_non_finite_loss_is_recorded_as_it_is(tmp_path):
@@ -284,6 +293,11 @@ def test_text():
     assert [count(n) for n in (7, 1234, 5.6e6, 7.8e9)] == ["7", "1.2k", "5.6M", "7.8G"]
     line = step_line(metrics(10, skipped=2), 100)
     assert line == "step 10/100  loss 0.0769  masked acc 12.5%  lr 1.00e-03  12.3k tok/s  skipped 2  ETA 1 m 05 s"
+
+
+def test_lines_show_how_evenly_experts_are_used():
+    line = step_line(metrics(10, expert_share_min=0.181, expert_share_max=0.312), 100)
+    assert "tok/s  experts 18%-31%  ETA" in line
 
 
 class Terminal(io.StringIO):

@@ -8,7 +8,7 @@ from torch import nn
 
 from tbf.config import TrainConfig
 from tbf.train.optim import parameter_groups
-from tbf.train.schedule import learning_rate, weight_decay
+from tbf.train.schedule import learning_rate, loop_count, weight_decay
 
 TRAIN = TrainConfig(max_steps=100, warmup_steps=10, decay_share=0.2, learning_rate=1.0, min_lr_ratio=0.01)
 
@@ -31,6 +31,24 @@ def test_weight_decay_stops_halfway_only_in_the_two_stage_recipe():
     assert weight_decay(99, TRAIN) == TRAIN.weight_decay
     two = TrainConfig(max_steps=100, two_stage_weight_decay=True)
     assert [weight_decay(step, two) for step in (0, 49, 50)] == [0.1, 0.1, 0.0]
+
+
+def test_loops_are_fixed_by_default_and_during_warm_up():
+    assert {loop_count(step, TRAIN, 2) for step in range(100)} == {2}
+    random = TrainConfig(max_steps=100, warmup_steps=60, stochastic_loops=True)
+    assert {loop_count(step, random, 2) for step in range(60)} == {2}
+    assert {loop_count(step, random, 2) for step in range(60, 200)} == {1, 2, 3}
+
+
+def test_random_loops_follow_their_distribution_from_seed_and_step_alone():
+    train = TrainConfig(warmup_steps=0, stochastic_loops=True)
+    draws = [loop_count(step, train, 2) for step in range(10_000)]
+    assert draws == [loop_count(step, train, 2) for step in range(10_000)]
+    assert [draws.count(loops) / 10_000 for loops in (1, 2, 3)] == pytest.approx([0.1, 0.8, 0.1], abs=0.01)
+    assert draws != [
+        loop_count(step, TrainConfig(warmup_steps=0, stochastic_loops=True, seed=1), 2) for step in range(10_000)
+    ]
+    assert {loop_count(step, train, 1) for step in range(1000)} == {1, 2}
 
 
 class Gate(nn.Module):

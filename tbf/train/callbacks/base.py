@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,20 @@ class StepMetrics:
     """Steps of this run so far whose update was not applied."""
     eta_s: float
     """Seconds left."""
+    loops: int = 1
+    """Times that the layers were visited in this step."""
+    expert_share_min: float = math.nan
+    """Smallest share of its router's assignments that an expert got, over all layers and loops; even is 1 / experts.
+    This and the next five are NaN for a model without experts."""
+    expert_share_max: float = math.nan
+    router_entropy: float = math.nan
+    """Nats, mean over tokens, layers and loops; ln(experts) is undecided."""
+    router_balance: float = math.nan
+    """Balance loss before its coefficient; 1 is even, num_experts / top_k_experts is collapse."""
+    router_z: float = math.nan
+    """Z loss before its coefficient."""
+    router_dropped: float = math.nan
+    """Assignments that no expert computed: always 0."""
 
 
 class Callback:

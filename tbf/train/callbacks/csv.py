@@ -18,7 +18,20 @@ logger = logging.getLogger(__name__)
 _FROM_STEP = [field.name for field in dataclasses.fields(StepMetrics) if field.name != "eta_s"]
 _FROM_EVAL = ["val_loss", "val_masked_accuracy"]
 COLUMNS = [*_FROM_STEP, *_FROM_EVAL, "superseded"]
-_DECIMALS = {"epoch": 5, "tokens_per_s": 1, "mfu": 4, "device_mem_gb": 3, "host_mem_gb": 3, "data_wait": 4}
+_DECIMALS = {
+    "epoch": 5,
+    "tokens_per_s": 1,
+    "mfu": 4,
+    "device_mem_gb": 3,
+    "host_mem_gb": 3,
+    "data_wait": 4,
+    "expert_share_min": 4,
+    "expert_share_max": 4,
+    "router_entropy": 4,
+    "router_balance": 4,
+    "router_z": 4,
+    "router_dropped": 0,
+}
 
 
 class CsvMetrics(Callback):

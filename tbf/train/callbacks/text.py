@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tbf.train.callbacks.base import StepMetrics
 
 
@@ -12,9 +14,12 @@ def step_line(metrics: StepMetrics, max_steps: int) -> str:
 
 def summary(metrics: StepMetrics) -> str:
     skipped = f"  skipped {metrics.skipped}" if metrics.skipped else ""
+    experts = ""
+    if not math.isnan(metrics.expert_share_max):
+        experts = f"  experts {metrics.expert_share_min:.0%}-{metrics.expert_share_max:.0%}"
     return (
         f"loss {metrics.loss:.4f}  masked acc {metrics.masked_accuracy:.1%}  lr {metrics.lr:.2e}  "
-        f"{count(metrics.tokens_per_s)} tok/s{skipped}"
+        f"{count(metrics.tokens_per_s)} tok/s{experts}{skipped}"
     )
 
 
