@@ -145,6 +145,8 @@ def _make_shards(
     folder: Path, missing: list[dict[str, Any]], tokenizer: SpanishSPMTokenizer, options: PrepareOptions
 ) -> str:
     """Makes shards until all are there or the budget is used up; returns why it stopped early, or ''."""
+    import pyarrow.compute  # noqa: F401 (once here, before the processes fork, instead of once in each)
+
     size_of_token = 2 if tokenizer.vocab_size <= 65_536 else 4
     budget = free_bytes(folder) - KEEP_FREE
     if options.disk_budget is not None:

@@ -38,10 +38,11 @@ def encode_batch(processor: Any, texts: Sequence[str], dtype: np.dtype) -> tuple
     grouped = split.flatten().dictionary_encode()
     with _no_garbage_collection():  # it would walk the hundred thousands of new lists again and again
         ids = processor.encode(grouped.dictionary.to_pylist(), num_threads=1)
-    spelled = np.fromiter(itertools.chain.from_iterable(ids), dtype)
-    ends = np.fromiter(itertools.accumulate(map(len, ids), initial=0), np.int64, len(ids) + 1)
+        spelled = np.fromiter(itertools.chain.from_iterable(ids), dtype)
+        ends = np.fromiter(itertools.accumulate(map(len, ids), initial=0), np.int64, len(ids) + 1)
+        del ids
     buffers = [None, pa.py_buffer(ends * dtype.itemsize), pa.py_buffer(spelled)]
-    spelling = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(ids), buffers)
+    spelling = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(ends) - 1, buffers)
     _, word_ends, tokens = spelling.take(grouped.indices).buffers()
     word_ends = np.frombuffer(word_ends, np.int64, len(grouped) + 1) // dtype.itemsize
     text_ends = word_ends[np.frombuffer(split.buffers()[1], np.int32, len(texts) + 1)[1:]]
