@@ -38,6 +38,7 @@ from tbf.data.masking import MaskSpec  # noqa: E402
 from tbf.data.sharding import PrepareOptions, prepare  # noqa: E402
 from tbf.data.sources import find_files, open_source  # noqa: E402
 from tbf.data.tokenizer import SpanishSPMTokenizer  # noqa: E402
+from tbf.errors import run_program  # noqa: E402
 
 SEQ_LEN = 512
 BATCH = 32
@@ -283,4 +284,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program(main))

@@ -34,9 +34,12 @@ def mark_duplicates(folder: Path, shards: Sequence[ShardInfo], *, hashes_at_once
             documents.append(picked.astype("<u4"))
         keys, owner, document = map(np.concatenate, (hashes, owners, documents))
         order = np.argsort(keys, kind="stable")  # stable: the first shard's copy comes first
-        again = order[1:][keys[order][1:] == keys[order][:-1]]
+        sorted_keys = keys[order]
+        again = order[1:][sorted_keys[1:] == sorted_keys[:-1]]
+        again = again[np.argsort(owner[again], kind="stable")]
+        bounds = np.searchsorted(owner[again], np.arange(len(shards) + 1))
         for index in range(len(shards)):
-            found[index].append(document[again[owner[again] == index]])
+            found[index].append(document[again[bounds[index] : bounds[index + 1]]])
     for shard, parts in zip(shards, found):
         numbers = np.sort(np.concatenate(parts)) if parts else np.zeros(0, "<u4")
         path = folder / f"{shard.name}.dup"

@@ -66,6 +66,14 @@ def parse_sources(text: str) -> list[tuple[str, float | None]]:
     return [(spec, weight / total) for spec, weight in parsed]
 
 
+def parse_share(text: str) -> tuple[int, int]:
+    """(i, n) of `i/n`, as `--shard` takes it. Raises ConfigError for anything else."""
+    number, slash, count = text.partition("/")
+    if not slash or not number.isdigit() or not count.isdigit() or int(number) >= int(count):
+        raise ConfigError(f"--shard {text!r} is not i/n with 0 <= i < n; write e.g. 0/4 on the first of 4 machines")
+    return int(number), int(count)
+
+
 def list_sources(
     sources: Sequence[tuple[str, float | None]], options: PrepareOptions, problems: Problems
 ) -> tuple[list[Source], int]:

@@ -12,6 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tbf.errors import ConfigError, DataError, nearest
 
 DOCUMENT_CHARS = (2_000, 32_000)
 """Least and most characters after which a .txt file starts a new document; small corpora still get many documents."""
-SAMPLE_FOLDER = Path(__file__).with_name("sample_es")
+SAMPLE_FOLDER = Path(str(resources.files("tbf.data") / "sample_es"))
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt"}
 PACKED = {".gz": 4, ".zst": 4}  # suffix -> guess of text bytes per byte on disk
 HUB_PART_BYTES = 256 << 20  # guess for a hub file of unknown size

@@ -14,7 +14,9 @@ import pytest
 
 from tbf.data.cleaning import CleanOptions
 from tbf.data.duplicates import mark_duplicates
-from tbf.data.sharding import PrepareOptions, parse_sources, prepare, verify
+from tbf.data.loader import PackedDataset
+from tbf.data.plan import PrepareOptions, parse_share, parse_sources
+from tbf.data.sharding import prepare, verify
 from tbf.data.shards import FlatFile, ShardIndex, ShardInfo, read_documents, token_dtype
 from tbf.data.tokenizer import SpanishSPMTokenizer
 from tbf.errors import ConfigError, DataError
@@ -285,6 +287,43 @@ def test_a_dead_worker_is_reported(tmp_path, corpus, tokenizer, monkeypatch):
     monkeypatch.setattr(sharding, "_make_shard", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match="worker process died"):
         prepare(str(corpus), tokenizer, tmp_path / "p", replace(OPTIONS, processes=2))
+
+
+def test_parse_share():
+    assert parse_share("0/1") == (0, 1)
+    assert parse_share("3/4") == (3, 4)
+    for wrong in ("4/4", "1", "a/b", "-1/2", "1/0", ""):
+        with pytest.raises(ConfigError, match="i/n"):
+            parse_share(wrong)
+
+
+def test_a_shard_without_any_document(tmp_path, tokenizer, texts):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", texts[:40])
+    write_jsonl(tmp_path / "in" / "b.jsonl", [" \n" * 20_000, "\x00" * 20_000])
+    write_jsonl(tmp_path / "in" / "c.jsonl", texts[40:80])
+    prepare(str(tmp_path / "in"), tokenizer, tmp_path / "p", OPTIONS)
+    index = ShardIndex.read(tmp_path / "p")
+    assert min(shard.documents for shard in index.shards) == 0
+    assert documents(tmp_path / "p", tokenizer) == texts[:80]
+    verify(tmp_path / "p")
+    assert PackedDataset(tmp_path / "p", seq_len=64).row(0)["segment_ids"].any()
+
+
+def test_ids_above_65535(tmp_path, tokenizer, texts):
+    pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    model = pb2.ModelProto()
+    model.ParseFromString(tokenizer.model)
+    for number in range(65_600):
+        model.pieces.add(piece=f"\u2581largo{number}q", score=-5.0)
+    large = SpanishSPMTokenizer(model.SerializeToString())
+    assert large.vocab_size > 65_536
+    rare = [f"{text} largo65599q" for text in texts[:60]]
+    prepare(str(write_jsonl(tmp_path / "a.jsonl", rare)), large, tmp_path / "p", OPTIONS)
+    assert ShardIndex.read(tmp_path / "p").dtype == np.dtype("<u4")
+    assert documents(tmp_path / "p", large) == rare
+    dataset = PackedDataset(tmp_path / "p", seq_len=64)
+    assert dataset.read(range(dataset.rows_per_epoch))[0].max() == large.vocab_size - 1
 
 
 def test_parse_sources(tmp_path):
