@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ _POSITIVE = (
     "mamba_expand",
     "mamba_conv_kernel",
     "titan_chunk_size",
+)
+_ABOVE = {"norm_eps": 0.0, "hope_damping": 0.0, "hope_base": 1.0, "rope_base": 1.0, "initializer_std": 0.0}
+_AT_LEAST_0 = (
+    "window",
+    "dropout",
+    "router_balance_coef",
+    "router_z_coef",
+    "router_bias_rate",
+    "pad_token_id",
+    "mask_token_id",
 )
 
 
@@ -108,8 +119,8 @@ class UltraConfig:
     mask_token_id: int = 4
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer_pattern, str):
-            raise ConfigError(f"layer_pattern is the text '{self.layer_pattern}'; give a list, e.g. [retnet, mamba]")
+        if not isinstance(self.layer_pattern, list | tuple):
+            raise ConfigError(f"layer_pattern is {self.layer_pattern!r}; give a list, e.g. [retnet, mamba]")
         object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
         self._check_values()
         self._check_pattern()
@@ -123,24 +134,37 @@ class UltraConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of: {', '.join(choices)}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout is {self.dropout}; it must lie in [0, 1)")
-        if self.ffn_hidden_size is not None and self.ffn_hidden_size < 1:
-            raise ConfigError(f"ffn_hidden_size is {self.ffn_hidden_size}; give a positive width or null for 2x hidden")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in (*_ABOVE, *_AT_LEAST_0):
+            value, bound = getattr(self, name), _ABOVE.get(name, 0.0)
+            kind, types = ("whole number", int) if isinstance(defaults[name], int) else ("number", int | float)
+            good = isinstance(value, types) and not isinstance(value, bool) and bound <= value < math.inf
+            if not good or (name in _ABOVE and value == bound):
+                rule = "above" if name in _ABOVE else "of at least"
+                raise ConfigError(f"{name} is {value!r}; it must be a {kind} {rule} {bound:g}, e.g. {defaults[name]}")
+        for name, default in defaults.items():
+            if isinstance(default, bool) and not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false, e.g. {default}")
+        if self.dropout >= 1.0:
+            raise ConfigError(f"dropout is {self.dropout}; it must lie in [0, 1), e.g. 0.1")
+        size = self.ffn_hidden_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ConfigError(f"ffn_hidden_size is {size!r}; give a width of at least 1, or null for 2x hidden_size")
         for name in ("embedding_conv_kernel", "mamba_conv_kernel"):
             if getattr(self, name) % 2 == 0:
                 value = getattr(self, name)
                 raise ConfigError(f"{name} is {value}; a symmetric convolution needs an odd width, e.g. {value + 1}")
         for name in ("pad_token_id", "mask_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie below vocab_size {self.vocab_size}")
-        if self.hope_damping <= 0 or self.hope_base <= 1 or self.rope_base <= 1:
-            raise ConfigError(
-                f"hope_damping {self.hope_damping} must be above 0, hope_base {self.hope_base} and rope_base "
-                f"{self.rope_base} above 1 (defaults: 0.01, 10000, 10000)"
-            )
+            if getattr(self, name) >= self.vocab_size:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; it must lie below vocab_size {self.vocab_size}, "
+                    f"e.g. {min(defaults[name], self.vocab_size - 1)}"
+                )
         if self.top_k_experts > self.num_experts:
-            raise ConfigError(f"top_k_experts is {self.top_k_experts}; at most num_experts = {self.num_experts}")
+            raise ConfigError(
+                f"top_k_experts is {self.top_k_experts}; at most num_experts = {self.num_experts}, "
+                f"e.g. {min(defaults['top_k_experts'], self.num_experts)}"
+            )
 
     def _check_pattern(self) -> None:
         if not self.layer_pattern:
