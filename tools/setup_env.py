@@ -57,13 +57,15 @@ def main() -> int:
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"error: cannot create {folder} ({error}); on Debian: apt install python3-venv", file=sys.stderr)
             return 2
-    requirement, reason = choose_torch(lowest_capability())
+    capability = lowest_capability()
+    requirement, reason = choose_torch(capability)
+    extras = "dev" if capability is not None else "dev,kernels"
     print(f"installing {requirement} ({reason}), then tbf", flush=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
     index = ["--index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
     constraint = folder / "torch-constraint.txt"
     constraint.write_text(f"{requirement}\n")
-    for command in ([*pip, *index, requirement], [*pip, "-c", str(constraint), "-e", f"{ROOT}[dev]"]):
+    for command in ([*pip, *index, requirement], [*pip, "-c", str(constraint), "-e", f"{ROOT}[{extras}]"]):
         if subprocess.run(command, check=False).returncode:
             print(f"error: this failed: {' '.join(command)}", file=sys.stderr)
             return 2

@@ -27,6 +27,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from tbf.checkpoints.files import FileRecord, durable_file
 from tbf.checkpoints.manifest import unsafe_content
 from tbf.errors import CheckpointError
+from tbf.model.bitlinear import invalidate_ternary
 
 
 class DurableCheckpointEngine(TorchCheckpointEngine):
@@ -118,6 +119,7 @@ def load_engine(engine: Any, folder: Path) -> None:
     if loaded is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder}; choose another checkpoint with --resume")
     _replay_bias_correction(engine.optimizer.optimizer)
+    invalidate_ternary()
 
 
 def _replay_bias_correction(optimizer: Any) -> None:
