@@ -52,7 +52,8 @@ def test_the_readmes_commands_run_in_order(tmp_path):
 
 
 def test_make_train_runs_exactly_the_documented_command():
-    shown = subprocess.run(["make", "-n", "train"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    quiet = ["make", "-n", "--no-print-directory", "train"]
+    shown = subprocess.run(quiet, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     command = "deepspeed launch/train.py --ds_config ds_configs/p40_zero2.json"
     assert shown.splitlines()[-1] == command
     assert f"\n    {command}\n" in (ROOT / "README.md").read_text("utf-8")

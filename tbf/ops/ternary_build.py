@@ -23,6 +23,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 SOURCES = ("ternary_cpu.cpp", "ternary_gemm.h")
 FOLDER = Path(__file__).parent / "csrc"
 # NaN must behave and no product may be fused with a sum: results are compared bit by bit with eager torch.
@@ -89,13 +91,17 @@ def find_compiler() -> list[str]:
 
 
 def loaded_openmp() -> str | None:
-    """The OpenMP library that torch has loaded: a second one would bring a second set of spinning threads."""
+    """The OpenMP library that torch has loaded: a second one would bring a second set of spinning threads.
+
+    Other packages may have loaded their own, so the one beside torch goes first.
+    """
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
     paths = {line.split()[-1] for line in lines if any(name in line for name in ("libgomp", "libiomp", "libomp"))}
-    return min(paths, default=None)
+    beside = str(Path(torch.__file__).parent)
+    return min(paths, key=lambda path: (not path.startswith(beside), path), default=None)
 
 
 def processor() -> str:

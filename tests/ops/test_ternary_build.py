@@ -162,6 +162,13 @@ def test_without_openmp_one_thread_does(tmp_path, monkeypatch):
     assert_same(tools.quantise_rows(x)[0], REFERENCE.quantise_rows(x)[0])
 
 
+@pytest.mark.skipif(not build.loaded_openmp(), reason="no OpenMP library is loaded")
+def test_the_openmp_of_torch_goes_before_one_that_another_package_brought():
+    import sentencepiece  # noqa: F401 - its wheel carries a libgomp, which sorts before torch's
+
+    assert build.loaded_openmp().startswith(str(Path(torch.__file__).parent))
+
+
 def build_slowly(folder: str) -> str:
     original = build._compile
 
