@@ -16,6 +16,7 @@ Shapes: `B` batch, `H` heads, `T` tokens, `K` head width, `N` queries of a block
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ MAX_BLOCK = 512
 """Exponents inside a block reach (theta' + theta) * block / 2 <= 32; FP32 ends at 88."""
 BLOCK = 128
 """Small blocks save work, as only the block itself needs two products; smaller ones than this lose it in calls."""
+SMALLEST_BLOCK = 32
 RECOMPUTE_FROM = 2048
-"""Row length from which the backward recomputes the scores of each block instead of keeping B H T^2 of them."""
+"""Keys per query from which the backward recomputes the scores instead of keeping them: B H T^2 numbers."""
 
 
 def hope_rates(H: int, K: int, base: float, damping: float) -> tuple[Tensor, Tensor]:
@@ -68,16 +70,20 @@ def hope_attention(
         raise ConfigError(f"hope_attention: block_size is {block_size}; it must lie in 1..{MAX_BLOCK}")
     tokens, reach = q.shape[2], window // 2 if window else q.shape[2]
     q, k = _light_cone(q) * q.shape[3] ** -0.5, _light_cone(k)
-    rates = _channel_rates(theta, theta_prime, q.dtype)
-    recompute = tokens >= RECOMPUTE_FROM and torch.is_grad_enabled()
+    block_size = min(block_size, max(reach, SMALLEST_BLOCK))  # smaller windows waste less of each block
+    near = -(-reach // block_size)  # blocks on either side that a token may reach
+    decays = _Decays.build(theta, theta_prime, block_size, near * block_size, q.dtype)
+    span = min(tokens, (2 * near + 1) * block_size)  # keys that a block looks at
+    recompute = span >= RECOMPUTE_FROM and torch.is_grad_enabled()
+    # Blocks are split off and joined: the gradient of a slice would be as long as the row, for every block.
+    queries, keys, values = (t.split(block_size, 2) for t in (q, k, v))
+    query_segs = seg.split(block_size, 1)
     outputs = []
-    for start in range(0, tokens, block_size):
-        stop = min(start + block_size, tokens)
-        first, last = max(0, start - reach), min(tokens, stop + reach)
-        args = (
-            q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], *rates,
-            seg[:, start:stop], seg[:, first:last], start - first, reach,
-        )  # fmt: skip
+    for i, query in enumerate(queries):
+        first, last = max(0, i - near), min(len(queries), i + near + 1)
+        key, value = (k, v) if last - first == len(queries) else (torch.cat(t[first:last], 2) for t in (keys, values))
+        key_seg = seg[:, first * block_size : last * block_size]
+        args = (query, key, value, decays, query_segs[i], key_seg, (i - first) * block_size, reach)
         if recompute:
             outputs.append(checkpoint(_attend_block, *args, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -88,9 +94,9 @@ def hope_attention(
 def hope_scores(q: Tensor, k: Tensor, theta: Tensor, theta_prime: Tensor, *, block_size: int = BLOCK) -> Tensor:
     """Unscaled, unmasked logits: q, k [B, H, T, K] -> [B, H, T, T]. For inspection: memory is quadratic in T."""
     q, k = _light_cone(q), _light_cone(k)
-    rates = _channel_rates(theta, theta_prime, q.dtype)
-    starts = range(0, q.shape[2], block_size)
-    return torch.cat([_block_scores(q[:, :, s : s + block_size], k, *rates, s) for s in starts], 2)
+    decays = _Decays.build(theta, theta_prime, block_size, q.shape[2], q.dtype)
+    blocks = enumerate(q.split(block_size, 2))
+    return torch.cat([_block_scores(block, k, decays, i * block_size) for i, block in blocks], 2)
 
 
 def _light_cone(x: Tensor) -> Tensor:
@@ -99,18 +105,41 @@ def _light_cone(x: Tensor) -> Tensor:
     return torch.cat([a + b, a - b], -1) * 2**-0.5
 
 
-def _channel_rates(theta: Tensor, theta_prime: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rates over (u, w) for keys behind and for keys ahead of the query, each [H, 1, K]."""
-    slow, fast = theta_prime[:, None] - theta, theta_prime[:, None] + theta  # [H, K/2]
-    return torch.cat([slow, fast], -1)[:, None].to(dtype), torch.cat([fast, slow], -1)[:, None].to(dtype)
+class _Decays(NamedTuple):
+    """Factors of queries and keys, each [H, n, K] over (u, w); products of two of them are the decays of pairs."""
+
+    behind_query: Tensor
+    """From the first query of the block; its keys end one token earlier."""
+    behind_key: Tensor
+    ahead_query: Tensor
+    """To the last query of the block; its keys start one token later."""
+    ahead_key: Tensor
+    own_behind_query: Tensor
+    """From the centre of the block, as the rest."""
+    own_behind_key: Tensor
+    own_ahead_query: Tensor
+    own_ahead_key: Tensor
+
+    @classmethod
+    def build(cls, theta: Tensor, theta_prime: Tensor, block: int, reach: int, dtype: torch.dtype) -> _Decays:
+        """For blocks of `block` tokens and keys up to `reach` tokens outside of them."""
+        slow, fast = theta_prime[:, None] - theta, theta_prime[:, None] + theta  # [H, K/2]
+        behind, ahead = (torch.cat(pair, -1)[:, None].to(dtype) for pair in ((slow, fast), (fast, slow)))  # [H, 1, K]
+        inside = torch.arange(block, device=theta.device, dtype=dtype)[:, None]  # [n, 1]
+        outside = torch.arange(1, reach + 1, device=theta.device, dtype=dtype)[:, None]
+        here = inside - (block - 1) / 2
+        return cls(
+            (-behind * inside).exp(), (-behind * outside.flip(0)).exp(),
+            (-ahead * inside.flip(0)).exp(), (-ahead * outside).exp(),
+            (-behind * here).exp(), (behind * here).exp(), (ahead * here).exp(), (-ahead * here).exp(),
+        )  # fmt: skip
 
 
 def _attend_block(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    behind: Tensor,
-    ahead: Tensor,
+    decays: _Decays,
     query_seg: Tensor,
     key_seg: Tensor,
     offset: int,
@@ -119,41 +148,27 @@ def _attend_block(
     """q [B, H, N, K] against k, v [B, H, M, K], whose token `offset` is the first query -> [B, H, N, K]."""
     visible = query_seg[:, None, :, None] == key_seg[:, None, None, :]  # [B, 1, N, M]
     if reach < k.shape[2]:
-        distance = _places(q, offset) - _places(k, 0).mT  # [N, M]
-        visible = visible & (distance.abs() <= reach)
-    scores = _block_scores(q, k, behind, ahead, offset).masked_fill_(~visible, float("-inf"))
+        place = torch.arange(k.shape[2], device=k.device)
+        visible = visible & ((place[offset : offset + q.shape[2], None] - place).abs() <= reach)
+    scores = _block_scores(q, k, decays, offset).masked_fill_(~visible, float("-inf"))
     return scores.softmax(-1) @ v
 
 
-def _block_scores(q: Tensor, k: Tensor, behind: Tensor, ahead: Tensor, offset: int) -> Tensor:
+def _block_scores(q: Tensor, k: Tensor, decays: _Decays, offset: int) -> Tensor:
     """q [B, H, N, K], k [B, H, M, K], whose token `offset` is the first query -> logits [B, H, N, M]."""
-    count, end = q.shape[2], offset + q.shape[2]
-    pieces = []
-    if offset:
-        near, far = _places(q, 0), _places(k[:, :, :offset], -offset)  # from the first query on
-        pieces.append(_decayed(q, behind, near) @ _decayed(k[:, :, :offset], behind, -far).mT)
-    here = _places(q, -(count - 1) / 2)
-    own = k[:, :, offset:end]
+    d, count = decays, q.shape[2]
+    before, own, after = k.split([offset, count, k.shape[2] - offset - count], 2)
     later = torch.ones(count, count, dtype=torch.bool, device=q.device).triu(1)
     # Where it isn't used, a product may be huge, but it stays finite: the exponents there add up to 64 at most.
-    pieces.append(
-        torch.where(
-            later,
-            _decayed(q, ahead, -here) @ _decayed(own, ahead, here).mT,
-            _decayed(q, behind, here) @ _decayed(own, behind, -here).mT,
-        )
+    scores = torch.where(
+        later,
+        (q * d.own_ahead_query[:, :count]) @ (own * d.own_ahead_key[:, :count]).mT,
+        (q * d.own_behind_query[:, :count]) @ (own * d.own_behind_key[:, :count]).mT,
     )
-    if end < k.shape[2]:
-        near, far = _places(q, 1 - count), _places(k[:, :, end:], 1)  # from the last query on
-        pieces.append(_decayed(q, ahead, -near) @ _decayed(k[:, :, end:], ahead, far).mT)
-    return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
-
-
-def _places(x: Tensor, first: float) -> Tensor:
-    """Positions of the tokens of x [B, H, n, K], counted from `first`: [n, 1]."""
-    return torch.arange(x.shape[2], device=x.device, dtype=x.dtype)[:, None] + first
-
-
-def _decayed(x: Tensor, rates: Tensor, distance: Tensor) -> Tensor:
-    """x [B, H, n, K] * exp(-rates [H, 1, K] * distance [n, 1])."""
-    return x * (-rates * distance).exp()
+    pieces = [scores]
+    if before.shape[2]:
+        keys = before * d.behind_key[:, d.behind_key.shape[1] - offset :]
+        pieces.insert(0, (q * d.behind_query[:, :count]) @ keys.mT)
+    if after.shape[2]:  # only a whole block has keys after it
+        pieces.append((q * d.ahead_query) @ (after * d.ahead_key[:, : after.shape[2]]).mT)
+    return torch.cat(pieces, -1) if len(pieces) > 1 else scores
