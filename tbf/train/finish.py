@@ -24,7 +24,7 @@ def export_run_folder(run_dir: Path) -> Path | None:
 def print_summary(run_dir: Path, ds_config: str, preset: str, status: str, export: Path | None) -> None:
     """Prints where the results are and the next three commands."""
     losses = _validation_losses(run_dir / "metrics.csv")
-    fall = f", validation loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
+    fall = f", validation loss {losses[0]:.3f} -> {losses[-1]:.3f}" if len(losses) > 1 else ""
     rows = [("run", run_dir), ("metrics", run_dir / "metrics.csv"), ("checkpoints", run_dir / "checkpoints")]
     if export:
         rows.append(("plain weights", export))
