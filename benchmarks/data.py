@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def peak_child_rss() -> Iterator[list[float]]:
     peak, stop = [0.0], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.05):
+        while not stop.wait(0.5):
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     peak[0] = max(peak[0], child.memory_info().rss / 1e6)
@@ -62,6 +63,12 @@ def peak_child_rss() -> Iterator[list[float]]:
     finally:
         stop.set()
         thread.join()
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of its children that have ended: unlike the clock, blind to other load."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def prepare_with_datasets(dataset: Any, tokenizer: SpanishSPMTokenizer, folder: Path, processes: int) -> Any:
@@ -93,6 +100,7 @@ def measure_preparation(files: list[Path], tokenizer: SpanishSPMTokenizer, work:
     ).select_columns(["text"])
     converting = time.perf_counter() - started
     seconds: dict[str, list[float]] = {"tbf": [], "datasets": []}
+    cpu: dict[str, list[float]] = {"tbf": [], "datasets": []}
     rss = {"tbf": 0.0, "datasets": 0.0}
     tokens = 0
     source = work / "in"
@@ -102,21 +110,23 @@ def measure_preparation(files: list[Path], tokenizer: SpanishSPMTokenizer, work:
     for _ in range(repeats):
         shutil.rmtree(work / "shards", ignore_errors=True)
         with peak_child_rss() as peak:
-            started = time.perf_counter()
+            started, used = time.perf_counter(), cpu_seconds()
             result = prepare(
                 str(source), tokenizer, work / "shards", PrepareOptions(processes=processes, progress=False)
             )
             seconds["tbf"].append(time.perf_counter() - started)
+            cpu["tbf"].append(cpu_seconds() - used)
         rss["tbf"] = max(rss["tbf"], peak[0])
         tokens = result.tokens
         shutil.rmtree(work / "map", ignore_errors=True)
         (work / "map").mkdir()
         with peak_child_rss() as peak:
-            started = time.perf_counter()
+            started, used = time.perf_counter(), cpu_seconds()
             prepare_with_datasets(dataset, tokenizer, work / "map", processes)
             seconds["datasets"].append(time.perf_counter() - started)
+            cpu["datasets"].append(cpu_seconds() - used)
         rss["datasets"] = max(rss["datasets"], peak[0])
-    return seconds, rss, converting, result, tokens
+    return seconds, cpu, rss, converting, result, tokens
 
 
 def hf_tokenizer(vocab_size: int) -> Any:
@@ -232,7 +242,7 @@ def main() -> int:
         else:
             tokenizer = SpanishSPMTokenizer.train(open_source(str(files[0])), 16_000)
         text = sum(len(t.encode()) for file in files for t in open_source(str(file))) / 1e6
-        seconds, rss, converting, result, tokens = measure_preparation(
+        seconds, cpu, rss, converting, result, tokens = measure_preparation(
             files, tokenizer, work, arguments.processes, repeats
         )
         dataset = PackedDataset(work / "shards", seq_len=SEQ_LEN)
@@ -243,9 +253,11 @@ def main() -> int:
         shutil.rmtree(work, ignore_errors=True)
 
     ratio = median(b / a for a, b in zip(seconds["tbf"], seconds["datasets"]))
+    cpu_ratio = median(b / a for a, b in zip(cpu["tbf"], cpu["datasets"]))
     best_hf = max(value for name, value in speed.items() if name != "tbf")
     figures = {
         "prepare_vs_datasets": round(ratio, 2),
+        "prepare_vs_datasets_cpu_time": round(cpu_ratio, 2),
         "reader_vs_hf_collator": round(speed["tbf"] / best_hf, 2),
         "packing_efficiency": round(dataset.packing_efficiency, 4),
         "prepare_peak_rss_mb_per_worker": round(rss["tbf"]),
@@ -255,16 +267,18 @@ def main() -> int:
     }
     print(f"\ncorpus: {text:.0f} MB of text, {result.documents:,} documents, {tokens / 1e6:.1f} M tokens "
           f"({tokenizer.vocab_size:,} ids); {arguments.processes} processes, {repeats} repetition(s)")  # fmt: skip
-    print(f"\n{'prepare':<22}{'seconds':>10}{'MB/s':>8}{'MB RSS/worker':>16}")
+    print(f"\n{'prepare':<22}{'seconds':>10}{'CPU s':>8}{'MB/s':>8}{'MB RSS/worker':>16}")
     table = []
     for name, values in seconds.items():
         line = {
             "what": f"prepare, {name}",
             "seconds": round(median(values), 2),
+            "cpu_seconds": round(median(cpu[name]), 2),
             "mb_per_s": round(text / median(values), 1),
         }
         table.append(line)
-        print(f"{name:<22}{line['seconds']:>10}{line['mb_per_s']:>8}{rss[name]:>16.0f}")
+        numbers = f"{line['seconds']:>10}{line['cpu_seconds']:>8}{line['mb_per_s']:>8}"
+        print(f"{name:<22}{numbers}{rss[name]:>16.0f}")
     print(f"({converting:.1f} s in which datasets converts parquet to Arrow are not counted; tbf reads parquet, cleans,"
           " removes duplicates and hashes in its time)")  # fmt: skip
     print(f"\n{'read rows and mask':<22}{'rows/s':>10}")

@@ -86,17 +86,30 @@ def _read_parquet(part: Part, problems: Problems) -> Iterator[str]:
         try:
             for batch in table.iter_batches(_ROWS, row_groups=[group], columns=[part.column], use_threads=False):
                 values = batch.column(0)
-                if pa.types.is_dictionary(values.type):
-                    values = values.dictionary_decode()
-                # As bytes: one value that is not UTF-8 must not take its neighbours along.
-                for value in values.cast(pa.large_binary()).to_pylist():
-                    if value is None:
-                        problems.record("null")
-                    elif (text := _decode(value, part.path, "a value", problems)) is not None:
-                        yield text
+                problems.record("null", values.null_count)
+                yield from _texts(values.drop_null(), part.path, problems)
         except (pa.ArrowException, OSError) as error:
             problems.record("damaged_row_group")
             problems.file(part.path, f"damaged data ({first_line(error)}); kept what can be read, copy the file again")
+
+
+def _texts(values: Any, path: str, problems: Problems) -> Iterator[str]:
+    """The values of an Arrow array of text or bytes; those that are not UTF-8 are counted and left out."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        try:
+            values.validate(full=True)
+        except pa.ArrowInvalid:
+            pass  # one bad value must not take its neighbours along
+        else:
+            yield from values.to_pylist()
+            return
+    for value in values.cast(pa.large_binary()).to_pylist():
+        if (text := _decode(value, path, "a value", problems)) is not None:
+            yield text
 
 
 def first_line(error: Exception) -> str:

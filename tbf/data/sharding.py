@@ -199,6 +199,8 @@ def _make_shards(
         ):
             state["promised"] -= sum(part["text_bytes"] for part in shard["parts"]) // 2 * size_of_token
             state["written"] += info.tokens * size_of_token + 16 * info.documents
+        if not note:
+            bar.update(bar.total - bar.n)  # sizes were estimates, and cleaning drops text
     return note
 
 

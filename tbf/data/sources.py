@@ -86,7 +86,8 @@ class Problems:
         self.files.setdefault(str(path), reason)
 
     def record(self, kind: str, count: int = 1) -> None:
-        self.records[kind] += count
+        if count:
+            self.records[kind] += count
 
 
 @dataclass(frozen=True)
