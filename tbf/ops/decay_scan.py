@@ -50,7 +50,7 @@ def decay_scan(
     # Decay since the document or chunk began. Not a cumsum: its rounding would carry one document into the next.
     age = (g @ reach[:, :, 0].mT.to(g.dtype))[..., None]  # [B, Z, H, C, 1]
     pairs = reach if inclusive else reach & ~torch.eye(size, dtype=torch.bool, device=g.device)
-    weights = (age - age.mT).masked_fill(~pairs, float("-inf")).exp().to(q.dtype)
+    weights = (age - age.mT).masked_fill_(~pairs, float("-inf")).exp_().to(q.dtype)
     y = ((q @ k.mT) * weights) @ v  # [B, Z, H, C, P]
     if q.shape[1] > 1:
         enters, leaves, carried = _links(seg, reverse)  # [B, Z, 1, C, 1], [B, Z, 1, C, 1], [B, Z, 1, 1, 1]
