@@ -6,7 +6,6 @@ Every durable write, sync and rename of a run folder goes through here.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tbf.errors import CheckpointError
+from tbf.system import sync_folder
 
 _CHUNK = 4 << 20
 
@@ -102,18 +102,6 @@ def move_folder(source: Path, target: Path) -> None:
     """Renames a folder within its file system, durably."""
     source.rename(target)
     sync_folder(target.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the entries of a folder (names, renames, deletions) are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync folders by themselves
-            raise
-    finally:
-        os.close(handle)
 
 
 def remove_folder(folder: Path, first: str) -> None:

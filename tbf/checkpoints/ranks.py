@@ -6,12 +6,14 @@ Works alone too: without a process group this process is rank 0 of 1.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from tbf.errors import CheckpointError, TbfError
+
+Result = TypeVar("Result")
 
 
 def this_rank() -> int:
@@ -34,6 +36,20 @@ def gather(value: Any) -> list[Any]:
 def from_rank_0(value: Any) -> Any:
     """Returns rank 0's value on every rank. Collective."""
     return gather(value)[0]
+
+
+def on_rank_0(function: Callable[[], Result]) -> Result:
+    """Runs `function` on rank 0 and gives every rank its result, or its error, so that none is left waiting."""
+    result, problem = None, None
+    if this_rank() == 0:
+        try:
+            result = function()
+        except TbfError as error:
+            problem = error
+    result, problem = from_rank_0((result, problem))
+    if problem is not None:
+        raise problem
+    return result
 
 
 @contextlib.contextmanager

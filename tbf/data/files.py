@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tbf.errors import DataError
+from tbf.system import sync_folder
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -42,15 +43,6 @@ def make_folder(path: Path) -> Path:
     with write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def sync_folder(path: Path) -> None:
-    """Makes renames inside `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -21,8 +20,9 @@ from tbf.data.sources import Problems
 from tbf.data.storage import room
 from tbf.data.tokenizer import MODEL_FILE, SpanishSPMTokenizer
 from tbf.data.tokenizer_tools import SAMPLE_GB, sample_texts, train_tokenizer
+from tbf.system import cache_root
 
-__all__ = ["default_cache", "prepare_data", "prepare_folder", "sample_texts", "train_tokenizer"]
+__all__ = ["prepare_data", "prepare_folder", "sample_texts", "train_tokenizer"]
 
 AS_GIVEN = PrepareOptions(clean=CleanOptions(min_chars=1, min_spanish=0.0))
 """Cleaning of text named to the trainer directly: only what no corpus wants. `tbf data prepare` cleans more."""
@@ -36,11 +36,6 @@ class DataSection(Protocol):
     validation_share: float
     num_workers: int
     disk_budget_gb: float
-
-
-def default_cache() -> Path:
-    """`tbf` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tbf"
 
 
 def prepare_data(
@@ -78,8 +73,8 @@ def prepare_data(
         folder = Path(data.source)
         tokenizer = tokenizer or SpanishSPMTokenizer.from_pretrained(folder / "tokenizer")
     else:
-        cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
-        if is_ram_disk(cache) and (on_disk := default_cache()).absolute() != cache.absolute():
+        cache = Path(cache_dir).expanduser() if cache_dir else cache_root()
+        if is_ram_disk(cache) and (on_disk := cache_root()).absolute() != cache.absolute():
             ram_dir, cache = cache, on_disk
         options = replace(options, processes=processes, progress=progress, validation_share=data.validation_share)
         sources = parse_sources(data.source)
@@ -148,5 +143,5 @@ def prepare_folder(
     out = Path(out)
     pairs = parse_sources(sources) if isinstance(sources, str) else list(sources)
     tokenizer = tokenizer or _tokenizer_in(out / "tokenizer", pairs, vocab_size, options)
-    budget = room(disk_budget_gb, out, [default_cache(), *count_too])
+    budget = room(disk_budget_gb, out, [cache_root(), *count_too])
     return prepare(pairs, tokenizer, out, replace(options, disk_budget=budget))

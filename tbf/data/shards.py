@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from tbf.data.files import read_json, sha256_file, sync_folder, write_json
+from tbf.data.files import read_json, sha256_file, write_json
 from tbf.data.tokenizer import SpanishSPMTokenizer, token_dtype
 from tbf.errors import DataError
+from tbf.system import sync_folder
 
 FORMAT = 1
 PREPARE_AGAIN = "prepare the data again (`tbf data prepare`)"

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from tbf.system import cache_root, processor
+
 SOURCES = ("ternary_cpu.cpp", "ternary_gemm.h")
 FOLDER = Path(__file__).parent / "csrc"
 # NaN must behave and no product may be fused with a sum: results are compared bit by bit with eager torch.
@@ -52,7 +54,7 @@ def load_library() -> ctypes.CDLL | None:
 
 def cache_folder() -> Path:
     """Where compiled kernels and probe results are kept: the user's cache, or a fresh folder if it can't be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tbf" / "ternary"
+    folder = cache_root() / "ternary"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
@@ -102,15 +104,6 @@ def loaded_openmp() -> str | None:
     paths = {line.split()[-1] for line in lines if any(name in line for name in ("libgomp", "libiomp", "libomp"))}
     beside = str(Path(torch.__file__).parent)
     return min(paths, key=lambda path: (not path.startswith(beside), path), default=None)
-
-
-def processor() -> str:
-    """What native code depends on: the processor's model and instruction sets."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
 def source_hash() -> str:

@@ -32,8 +32,9 @@ from tbf.ops.ternary_backends import (
     get_backend,
     prepare_weight,
 )
-from tbf.ops.ternary_build import cache_folder, processor, source_hash
+from tbf.ops.ternary_build import cache_folder, source_hash
 from tbf.ops.ternary_reference import Quantised, ReferenceTools
+from tbf.system import processor
 
 MIN_SPEEDUP = 1.15
 TOKENS = 256

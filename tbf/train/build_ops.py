@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import io
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tbf.errors import run_program
+from tbf.system import cache_root, processor
 
 CPU_ADAM, SHARED_MEMORY_COMM = "CPUAdamBuilder", "ShareMemCommBuilder"
 
@@ -33,9 +33,8 @@ def extensions_dir() -> Path:
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(os.environ["TORCH_EXTENSIONS_DIR"])
     # Where the sources lie is part of the key: two environments that shared a folder would rebuild it in turns.
-    sources = [f"{name}{version(name)}" for name in ("torch", "deepspeed")] + [sys.prefix, sys.version, _processor()]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tbf" / "torch_extensions"
-    return root / hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16]
+    sources = [f"{name}{version(name)}" for name in ("torch", "deepspeed")] + [sys.prefix, sys.version, processor()]
+    return cache_root() / "torch_extensions" / hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16]
 
 
 def prepare_ops(needs_cpu_adam: bool, say=print) -> bool:
@@ -102,14 +101,6 @@ def _put_ninja_on_path() -> None:
     beside = Path(sys.executable).parent
     if shutil.which("ninja") is None and (beside / "ninja").exists():
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
 
 
 def main() -> int:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from tbf.errors import EngineError, HardwareError, TbfError
+from tbf.errors import EngineError, HardwareError
 from tbf.hardware.probe import check_device, cuda_facts
 from tbf.train.environment import ProcessInfo
-
-Result = TypeVar("Result")
 
 
 def start(process: ProcessInfo, on_cpu: bool) -> torch.device:
@@ -51,21 +47,6 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
-
-
-def agree(function: Callable[[], Result]) -> Result:
-    """Runs `function` on rank 0 and gives every rank its result, or its error, so that none is left waiting."""
-    outcome: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except TbfError as error:
-            outcome[1] = error
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 def stop() -> None:

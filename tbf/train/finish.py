@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from tbf.errors import TbfError
 from tbf.export.plain import export_run
+from tbf.train.callbacks.csv import read_rows
 
 
 def export_run_folder(run_dir: Path) -> Path | None:
@@ -45,9 +45,4 @@ def print_summary(run_dir: Path, ds_config: str, preset: str, status: str, expor
 
 def _validation_losses(path: Path) -> list[float]:
     """The run's validation losses in order, without superseded rows."""
-    try:
-        with path.open(encoding="utf-8", newline="") as handle:
-            rows = [row for row in csv.DictReader(handle) if row.get("val_loss") and row.get("superseded") != "1"]
-    except OSError:
-        return []
-    return [float(row["val_loss"]) for row in rows]
+    return [float(row["val_loss"]) for row in read_rows(path) if row["val_loss"] and row["superseded"] != "1"]

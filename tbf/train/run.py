@@ -13,6 +13,7 @@ import deepspeed
 import torch
 
 import tbf
+from tbf.checkpoints.ranks import on_rank_0
 from tbf.config import RunConfig, load_run_config
 from tbf.data.loader import BatchLoader, EvaluationRows, PackedDataset
 from tbf.data.masking import MaskSpec
@@ -64,7 +65,7 @@ def _train(
     device: torch.device,
     say: Callable[[str], None],
 ) -> int:
-    run, tokenizer, shards = _prepare_data(run, say if process.local_rank == 0 else None)
+    run, tokenizer, shards = _prepare_data(run, progress=process.local_rank == 0)
     dataset = PackedDataset(shards, seq_len=run.data.seq_len, seed=run.train.seed, split="train")
     held_out = PackedDataset(shards, seq_len=run.data.seq_len, seed=run.train.seed, split="validation")
     mask = MaskSpec.for_tokenizer(
@@ -87,9 +88,9 @@ def _train(
     if arguments.dry_run:
         return _dry_run(engine, loader, device, say)
 
-    run_dir, resumed = distributed.agree(lambda: choose_run_dir(arguments.run_dir, arguments.resume, run))
+    run_dir, resumed = on_rank_0(lambda: choose_run_dir(arguments.run_dir, arguments.resume, run))
     held = contextlib.ExitStack()  # keeps a second process out of the run folder, until this one ends
-    distributed.agree(lambda: write_run_files(run_dir, run, engine_config, tokenizer, process, held))
+    on_rank_0(lambda: write_run_files(run_dir, run, engine_config, tokenizer, process, held))
     store = CheckpointStore(
         run_dir / "checkpoints",
         keep_last=run.train.keep_last,
@@ -146,7 +147,7 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
     return run.replace(train={"max_steps": arguments.max_steps}) if arguments.max_steps is not None else run
 
 
-def _prepare_data(run: RunConfig, say: Callable[[str], None] | None) -> tuple[RunConfig, SpanishSPMTokenizer, Path]:
+def _prepare_data(run: RunConfig, progress: bool) -> tuple[RunConfig, SpanishSPMTokenizer, Path]:
     """Every rank asks; the first on each node does the work behind a lock, the others find it done."""
     given = SpanishSPMTokenizer.from_pretrained(run.data.tokenizer) if run.data.tokenizer else None
     if given and run.data.vocab_size not in (0, given.vocab_size):
@@ -155,7 +156,7 @@ def _prepare_data(run: RunConfig, say: Callable[[str], None] | None) -> tuple[Ru
             f"{run.data.vocab_size}; leave vocab_size out, the tokenizer decides"
         )
     shards, tokenizer = prepare_data(
-        run.data, given, run.data.cache_dir, vocab_size=run.data.wanted_vocab_size, progress=say is not None
+        run.data, given, run.data.cache_dir, vocab_size=run.data.wanted_vocab_size, progress=progress
     )
     size = tokenizer.vocab_size
     model = dataclasses.replace(

@@ -61,7 +61,7 @@ class Trainer:
         self.val_loss: float | None = None
         self.peak_flops = peak_flops
         self._order_guard = GradientOrderGuard(engine.module)
-        self._flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
+        self._flops_per_token = training_flops_per_token(config.model, config.data.seq_len) if peak_flops else math.nan
         self._process = psutil.Process()
         self._step_seconds: float | None = None
 

@@ -20,7 +20,7 @@ OPTIONS = PrepareOptions(clean=CleanOptions(min_chars=1, min_spanish=0), shard_b
 def no_influence_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Some machines keep /tmp in memory, where a cache would only hold copies; others have a full cache."""
     monkeypatch.setattr("tbf.data.prepare.is_ram_disk", lambda path: False)
-    monkeypatch.setattr("tbf.data.prepare.default_cache", lambda: tmp_path / "default-cache")
+    monkeypatch.setattr("tbf.data.prepare.cache_root", lambda: tmp_path / "default-cache")
 
 
 @pytest.fixture(scope="session")

@@ -150,7 +150,7 @@ def test_a_cache_on_a_ram_disk_holds_copies_only(tmp_path, corpus, tokenizer, mo
     ram, disk = tmp_path / "ram", tmp_path / "disk"
     ram.mkdir()
     monkeypatch.setattr(prepare_module, "is_ram_disk", lambda path: path == ram)
-    monkeypatch.setattr(prepare_module, "default_cache", lambda: disk)
+    monkeypatch.setattr(prepare_module, "cache_root", lambda: disk)
     section = replace(Section(), source=str(corpus))
     folder, _ = prepare_data(section, tokenizer, ram, vocab_size=0, progress=True)
     assert disk in folder.parents

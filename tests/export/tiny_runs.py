@@ -13,19 +13,10 @@ from tbf.export.deepspeed_files import StoredTensor
 from tbf.export.weights import write_weights
 from tbf.model.config import UltraConfig
 from tbf.model.encoder import TormentedBertFrankenstein
+from tests.helpers.runs import TINY
 
 TEXT = ["El perro ladra en la calle y el gato duerme en casa.", "La capital de España es Madrid.", "Hola, mundo."]
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_layers": 6,
-    "num_loops": 2,
-    "num_heads": 2,
-    "retention_heads": 2,
-    "mamba_state_size": 8,
-    "mamba_head_dim": 16,
-    "factorized_embedding_dim": 16,
-    "norm_type": "derf",
-}
+SHAPE: dict[str, Any] = TINY["model"]
 STEPS = {2: 1.5, 4: 2.5}
 """Saved steps and the validation losses they are given: the first one is the best, the second the newest."""
 
