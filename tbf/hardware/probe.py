@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -40,6 +42,15 @@ def cuda_facts(index: int) -> DeviceFacts:
         tuple(torch.cuda.get_arch_list()),
         torch.__version__,
     )
+
+
+def driver_release(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """The NVIDIA driver's release, such as `580.95.05`, or None where no driver is loaded."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", path.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return found.group(1) if found else None
 
 
 def carries_kernels(capability: tuple[int, int], compiled_for: Sequence[str]) -> bool:

@@ -120,11 +120,16 @@ class CudaTools(ReferenceTools):
 def cuda_tools(device_index: int) -> CudaTools:
     """The kernels for one card. Raises HardwareError where they can't be built or the card has no DP4A."""
     major, minor = torch.cuda.get_device_capability(device_index)
-    if (major, minor) < (6, 1) or (major, minor) == (6, 2):
+    if not has_fast_dp4a((major, minor)):
         raise HardwareError(f"capability {major}.{minor} has no fast DP4A (6.1 and 7.0 on have)")
     with torch.cuda.device(device_index):
         torch.cuda.current_stream().synchronize()  # the driver calls below need torch's context to exist
         return CudaTools(CudaModule(cached_cubin(f"sm_{major}{minor}")))
+
+
+def has_fast_dp4a(capability: tuple[int, int]) -> bool:
+    """Whether cards of this compute capability multiply four int8 pairs in one instruction, at full speed."""
+    return capability >= (6, 1) and capability != (6, 2)
 
 
 def pad_rows(values: Tensor) -> Tensor:

@@ -38,6 +38,13 @@ def load_nvrtc() -> ctypes.CDLL:
     raise HardwareError(f"no usable NVRTC library among {', '.join(tried)}; install nvidia-cuda-nvrtc-cu12")
 
 
+def nvrtc_version() -> str:
+    """Such as `12.6`. Raises HardwareError where there is none."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    load_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
 def nvrtc_candidates() -> list[str]:
     """Where NVRTC may lie, best first: by name when torch has loaded it, then inside the wheels."""
     found = ["libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so"]
@@ -69,10 +76,7 @@ def compile_source(architecture: str) -> bytes:
 
 def cached_cubin(architecture: str) -> bytes:
     """`compile_source` of a real architecture, kept on disk."""
-    nvrtc = load_nvrtc()
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((architecture, FLAGS, major.value, minor.value)).encode())
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((architecture, FLAGS, nvrtc_version())).encode())
     path = cache_folder() / f"ternary-{architecture}-{key.hexdigest()[:24]}.cubin"
     if path.exists():
         return path.read_bytes()

@@ -11,37 +11,23 @@ import functools
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from tbf.errors import ConfigError, HardwareError, nearest
-from tbf.ops.ternary_backends import (
-    BACKENDS,
-    DEFAULT_MODE,
-    GRADIENT_MODES,
-    Backend,
-    TernaryPlan,
-    TernaryWeight,
-    fastest_tools,
-    get_backend,
-    prepare_weight,
-)
+from tbf.ops.ternary_backends import BACKENDS, DEFAULT_MODE, GRADIENT_MODES, TernaryPlan, get_backend
 from tbf.ops.ternary_build import cache_folder, source_hash
-from tbf.ops.ternary_reference import Quantised, ReferenceTools
+from tbf.ops.ternary_measure import AWKWARD_SHAPES, STAGES, time_backends, why_inexact, why_missing
+from tbf.ops.ternary_nvrtc import SOURCE as CUDA_SOURCE
 from tbf.system import processor
 
 MIN_SPEEDUP = 1.15
 TOKENS = 256
-SECONDS_PER_SHAPE = 0.3  # of rounds at one stage; the first three always run
 COMMON_SHAPES = ((384, 384), (384, 1536), (1024, 1024))  # (in, out) when no model is known
-AWKWARD_SHAPES = ((32, 64, 48), (37, 20, 50), (5, 3, 1))  # (tokens, in, out)
-STAGES = ("forward", "backward")
 
 
 @dataclass
@@ -101,12 +87,13 @@ def choose_plan(
     *,
     mode: str = DEFAULT_MODE,
     say: Callable[[str], None] | None = None,
+    refresh: bool = False,
 ) -> TernaryPlan:
     """The plan for a training run: all ranks of the process group call it and get the same one.
 
-    `shapes` are the model's (in, out) pairs. `say` gets the table. TBF_KERNEL may be `backend`, `backend:mode` or
-    `auto:mode`. Raises ConfigError when it is none of them and HardwareError when it names a backend that can't serve
-    this device.
+    `shapes` are the model's (in, out) pairs. `say` gets the table; `refresh` measures anew. TBF_KERNEL may be
+    `backend`, `backend:mode` or `auto:mode`. Raises ConfigError when it is none of them and HardwareError when it names
+    a backend that can't serve this device.
     """
     name, mode = _parse(os.environ.get("TBF_KERNEL", ""), mode)
     if name:
@@ -114,7 +101,7 @@ def choose_plan(
         if say:
             say(f"ternary kernels on {device}, set by TBF_KERNEL: {plan}")
         return plan
-    report = probe_ternary(device, shapes, mode=mode)
+    report = probe_ternary(device, shapes, mode=mode, refresh=refresh)
     _agree(report, device)
     if say:
         say(report.table())
@@ -124,9 +111,9 @@ def choose_plan(
 def forced_plan(device: torch.device, name: str, mode: str) -> TernaryPlan:
     """Both stages by one backend. Raises HardwareError when it can't serve `device` or isn't exact there."""
     plan = TernaryPlan(name, name, mode)
-    reason = _reason(name, device)
+    reason = why_missing(name, device)
     for stage in STAGES:
-        reason = reason or _inexact(get_backend(name, device.type), stage, device, AWKWARD_SHAPES)
+        reason = reason or why_inexact(get_backend(name, device.type), stage, device, AWKWARD_SHAPES)
     if reason is not None:
         raise HardwareError(f"TBF_KERNEL: '{name}' can't serve {device} ({reason}); unset it to choose freely")
     return plan
@@ -155,126 +142,22 @@ def probe_ternary(
         report = _read(path)
         if report is not None:
             return report
-    report = ProbeReport(_device_name(device), [list(shape) for shape in shapes], mode, [])
+    report = ProbeReport(device_name(device), [list(shape) for shape in shapes], mode, [])
     checked = (*AWKWARD_SHAPES, *((TOKENS + 8, *shape) for shape in shapes))
     for name in BACKENDS:
-        if _reason(name, device) is None:  # backends of other devices aren't worth a line
+        if why_missing(name, device) is None:  # backends of other devices aren't worth a line
             backend = get_backend(name, device.type)
-            report.rows += [ProbeRow(stage, name, _inexact(backend, stage, device, checked), 0.0) for stage in STAGES]
+            report.rows += [
+                ProbeRow(stage, name, why_inexact(backend, stage, device, checked), 0.0) for stage in STAGES
+            ]
     for stage in STAGES:
         rows = [row for row in report.rows if row.stage == stage and row.reason is None]
-        times = _time(stage, [row.backend for row in rows], device, shapes, mode)
-        for row, ms in zip(rows, times, strict=True):
-            row.ms = ms
+        for shape in shapes:
+            times = time_backends(stage, [row.backend for row in rows], device, (TOKENS, *shape), mode)
+            for row, ms in zip(rows, times, strict=True):
+                row.ms += ms
     _write(path, report)
     return report
-
-
-def _reason(name: str, device: torch.device) -> str | None:
-    return BACKENDS[name](fastest_tools(device.type)).missing(device)
-
-
-def _inexact(backend: Backend, stage: str, device: torch.device, shapes: Sequence[tuple[int, int, int]]) -> str | None:
-    """Why `backend` isn't exact at a stage, or None. On CUDA, a kernel's error may show only the second time."""
-    if backend.name == "fp32" and stage == "backward":
-        return None  # its gradients aren't rounded
-    generator = torch.Generator().manual_seed(0)
-    reference = FP64Products(ReferenceTools())
-    try:
-        for m, d, n in shapes:
-            x, weight, dy = _sample(m, d, n, device, generator)
-            x[0], dy[0], dy[:, 0] = 1.0, 1.0, 1.0  # the largest sums, where a routine may saturate
-            mine = prepare_weight(weight, [n], TernaryPlan(backend.name, backend.name))
-            theirs = prepare_weight(weight, [n], TernaryPlan("fp32", "fp32"))
-            q, _ = backend.tools.quantise_rows(x)
-            for low in (False, True):
-
-                def results(by: Backend, operands: TernaryWeight, low: bool = low) -> list[Tensor]:
-                    if stage == "forward":
-                        return [by.forward(q, operands.forward[0], operands.scales[0], n, d)]  # noqa: B023
-                    return list(by.backward([dy], q, operands, low=low, need_x=True, need_w=True))  # noqa: B023
-
-                expected = results(reference, theirs)
-                for _ in range(2 if device.type == "cuda" else 1):
-                    if not all(map(torch.equal, results(backend, mine), expected)):
-                        return f"not exact at {m}x{d}x{n}"
-    except RuntimeError as error:
-        return f"fails: {str(error).splitlines()[0]}"
-    return None
-
-
-class FP64Products(Backend):
-    """The reference of the exactness check: eager quantisers and FP64 products, which hold every integer here."""
-
-    name = "fp64"
-
-    def forward(self, x: Quantised, operand: Tensor, scale: Tensor, out_features: int, in_features: int) -> Tensor:
-        products = x.high[:, :in_features].double() @ operand.double().T
-        return self.tools.scale_products(products.to(torch.int32), None, x.scale, scale)
-
-    def backward(self, dys, x, weight, *, low, need_x, need_w):
-        rows, columns = self.tools.quantise_gradient(dys, weight.scales, x.scale, low=low, rows=True, columns=True)
-        dx = self._product(rows, rows.high, rows.low, weight.backward)
-        low_t = None if columns.low is None else columns.low.T
-        return dx, self._product(columns, columns.high.T, low_t, x.high[:, : weight.in_features])
-
-    def _product(self, q: Quantised, high: Tensor, low: Tensor | None, right: Tensor) -> Tensor:
-        parts = [None if part is None else (part.double() @ right.double()).to(torch.int32) for part in (high, low)]
-        return self.tools.scale_products(*parts, q.scale, torch.ones((), device=q.scale.device))
-
-
-def _time(
-    stage: str, names: Sequence[str], device: torch.device, shapes: Sequence[tuple[int, int]], mode: str
-) -> list[float]:
-    """Milliseconds of each backend over all shapes, quantisation included: the best of interleaved rounds, since other
-    programs can only slow a round down."""
-    totals = [0.0] * len(names)
-    generator = torch.Generator().manual_seed(0)
-    for d, n in shapes:
-        x, weight, dy = _sample(TOKENS, d, n, device, generator)
-        calls = [_call(stage, name, x, weight, dy, device, mode) for name in names]
-        times: list[list[float]] = [[] for _ in names]
-        started = time.perf_counter()
-        for round_ in range(8):
-            if round_ > 2 and time.perf_counter() - started > SECONDS_PER_SHAPE:
-                break
-            for call, mine in zip(calls, times, strict=True):
-                _wait(device)
-                start = time.perf_counter()
-                call()
-                _wait(device)
-                if round_ > 0:  # the first round warms up
-                    mine.append(time.perf_counter() - start)
-        totals = [total + 1e3 * min(mine) for total, mine in zip(totals, times, strict=True)]
-    return totals
-
-
-def _call(
-    stage: str, name: str, x: Tensor, weight: Tensor, dy: Tensor, device: torch.device, mode: str
-) -> Callable[[], object]:
-    backend = get_backend(name, device.type)
-    prepared = prepare_weight(weight, [len(weight)], TernaryPlan(name, name))
-    q, _ = backend.tools.quantise_rows(x)
-
-    def forward() -> Tensor:
-        rows, _ = backend.tools.quantise_rows(x)
-        return backend.forward(rows, prepared.forward[0], prepared.scales[0], *weight.shape)
-
-    def backward() -> tuple[Tensor | None, Tensor | None]:
-        low = mode == "int8_hilo"
-        return backend.backward([dy], q, prepared, low=low, need_x=True, need_w=mode != "int8_dx")
-
-    return forward if stage == "forward" else backward
-
-
-def _sample(m: int, d: int, n: int, device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, D], weight [N, D] and dY [M, N]."""
-    return tuple(torch.randn(*shape, generator=generator).to(device) for shape in ((m, d), (n, d), (m, n)))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _agree(report: ProbeReport, device: torch.device) -> None:
@@ -298,7 +181,8 @@ def _agree(report: ProbeReport, device: torch.device) -> None:
                 mine[key].reason = "another rank can't use it"
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The model of the card or processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     line = next((line for line in processor().splitlines() if line.startswith("model name")), "")
@@ -307,9 +191,8 @@ def _device_name(device: torch.device) -> str:
 
 def _verdict_path(device: torch.device, shapes: Sequence[tuple[int, int]], mode: str) -> Path:
     tools = get_backend("fp32", device.type).tools.name
-    parts = [_device_name(device), torch.__version__, source_hash(), tools, torch.get_num_threads(), list(shapes), mode]
-    if device.type == "cpu":
-        parts.append(processor())
+    parts = [device_name(device), torch.__version__, source_hash(), tools, torch.get_num_threads(), list(shapes), mode]
+    parts.append(processor() if device.type == "cpu" else CUDA_SOURCE.read_text())
     return cache_folder() / f"probe-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
 
 

@@ -14,7 +14,7 @@ from tbf.ops import ternary_nvrtc as nvrtc
 from tbf.ops.ternary_backends import CudaDp4a, CudaIntMm, TernaryWeight
 from tbf.ops.ternary_build import BuildError, find_compiler
 from tbf.ops.ternary_cuda import CudaTools, pad_rows, round_up
-from tbf.ops.ternary_probe import FP64Products
+from tbf.ops.ternary_measure import FP64Products
 from tbf.ops.ternary_reference import Quantised, ReferenceTools
 
 REFERENCE = ReferenceTools()

@@ -7,7 +7,9 @@ from tbf.errors import ConfigError, HardwareError
 from tbf.model.bitlinear import BitLinear, set_ternary_plan, ternary_shapes
 from tbf.ops import ternary_probe as probe
 from tbf.ops.ternary_backends import BACKENDS, Backend, CpuInt8, TernaryPlan
+from tbf.ops.ternary_measure import AWKWARD_SHAPES, why_inexact
 from tbf.ops.ternary_probe import ProbeReport, ProbeRow, choose_plan, default_plan, probe_ternary
+from tbf.ops.ternary_reference import ReferenceTools
 from tests.helpers.gloo import run_distributed
 
 CPU = torch.device("cpu")
@@ -30,7 +32,7 @@ def test_exact_backends_are_timed_and_the_verdict_is_kept(monkeypatch):
     first = probe_ternary(CPU, TINY)
     assert {row.backend for row in first.rows} <= {"fp32", "cpu_int8", "cpu_vnni"}
     assert all(row.reason is None and row.ms > 0 for row in first.rows)
-    monkeypatch.setattr(probe, "_time", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(probe, "time_backends", lambda *_: pytest.fail("timed again"))
     assert probe_ternary(CPU, TINY) == first
     lines = first.table().splitlines()
     assert len(lines) == 1 + len(first.rows) and sum(" * " in line for line in lines) == 2
@@ -137,4 +139,4 @@ def test_stages_are_judged_apart(monkeypatch):
 
 
 def test_fp32_is_its_own_reference():
-    assert probe._inexact(Backend(probe.ReferenceTools()), "forward", CPU, probe.AWKWARD_SHAPES) is None
+    assert why_inexact(Backend(ReferenceTools()), "forward", CPU, AWKWARD_SHAPES) is None
