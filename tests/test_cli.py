@@ -162,23 +162,112 @@ def test_tokenizer_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not (tmp_path / "tok2").exists()
 
 
-def test_data_prepare_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokenizer_eval_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "tok")
-    lines = [f"{text} Número {i}." for i in range(8) for text in TEXT]
-    (tmp_path / "in.txt").write_text("\n".join(lines), encoding="utf-8")
-    command = ("data", "prepare", tmp_path / "in.txt", "--tokenizer", tmp_path / "tok", "--out", tmp_path / "shards")
-    assert run(*command, "--documents", "line", "--min-spanish", 0) == 0
-    assert f"{len(lines)} documents" in capsys.readouterr().out
-    assert run("data", "inspect", tmp_path / "shards", "--rows", 1, "--seq-len", 128, "--verify") == 0
+    (tmp_path / "in.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    (tmp_path / "bad.parquet").write_bytes(b"nothing")
+    both = (tmp_path / "tok", tmp_path / "tok" / "tokenizer.model")
+    assert run("tokenizer", "eval", *both, "--data", tmp_path) == 0
+    shown = capsys.readouterr()
+    assert f"on {sum(len(text.split()) for text in TEXT)} words" in shown.out
+    assert [line.split()[0] for line in shown.out.splitlines()[2:]] == [str(path) for path in both]
+    assert "bad file" in shown.err and "bad.parquet" in shown.err
+    assert run("tokenizer", "eval", both[0], "--text", "una casa") == 0
+    assert "on 2 words" in capsys.readouterr().out
+    (tmp_path / "blank.txt").write_text("\n")
+    for given in (("--data", tmp_path / "blank.txt"), ("--text", " "), ("--data", tmp_path / "none.txt")):
+        assert run("tokenizer", "eval", both[0], *given) == 3
+    assert run("tokenizer", "eval", tmp_path / "none", "--text", "hola") == 3
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.fixture(scope="session")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 8 different lines per line of TEXT, and a tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("lines")
+    tiny_tokenizer().save_pretrained(folder / "tok")
+    (folder / "in.txt").write_text("\n".join(f"{t} Número {i}." for i in range(8) for t in TEXT), encoding="utf-8")
+    return folder
+
+
+def prepare(lines: Path, out: Path, *more: object) -> int:
+    given = ("--tokenizer", lines / "tok", "--documents", "line", "--min-spanish", 0, "--processes", 1)
+    return run("data", "prepare", lines / "in.txt", "--out", out, *given, *more)
+
+
+def test_data_prepare_and_inspect(lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "shards"
+    assert prepare(lines, out, "--verify") == 0
     shown = capsys.readouterr().out
-    assert f"complete\n  {len(lines)} documents" in shown
-    assert "every file matches" in shown
-    assert "row 0:\n  [1] " in shown
-    assert "Número" in shown
-    assert run(*command, "--documents", "block") == 3  # another corpus in the same folder
+    assert f"{8 * len(TEXT)} documents" in shown and shown.strip().endswith("every file matches its recorded hash")
+    assert run("data", "inspect", out, "--rows", 1, "--seq-len", 128, "--verify", "--samples", 1) == 0
+    shown = capsys.readouterr().out
+    for words in (f"{8 * len(TEXT)} documents", "every file matches", "bytes a token", "row 0:\n  [1] ", "Número"):
+        assert words in shown
+    assert shown.count("\n> ") == 1
+    assert prepare(lines, out, "--no-nfc") == 3  # other cleaning in the same folder
     assert run("data", "inspect", tmp_path) == 3
-    assert run("data", "prepare", tmp_path / "none", "--tokenizer", tmp_path / "tok", "--out", tmp_path / "s2") == 3
-    assert run(*command, "--processes", 0) == 2
+    assert run("data", "prepare", tmp_path / "none", "--tokenizer", lines / "tok", "--out", tmp_path / "s2") == 3
+    flipped = bytearray((out / "shard-00000.bin").read_bytes())
+    flipped[9] ^= 1
+    (out / "shard-00000.bin").write_bytes(flipped)
+    for command in (("inspect", out, "--verify"), ("prepare", lines / "in.txt", "--out", out)):
+        if command[0] == "prepare":
+            assert prepare(lines, out, "--verify") == 3
+        else:
+            assert run("data", *command) == 3
+        assert "shard-00000.bin: damaged" in capsys.readouterr().err
+
+
+def test_data_prepare_usage(lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(lines, tmp_path / "s", "--processes", 0) == 2
+    assert prepare(lines, tmp_path / "s", "--mix", "a=1,b=1") == 2
+    assert prepare(lines, tmp_path / "s", "--shard", "2/2") == 2
+    assert run("data", "prepare", "--out", tmp_path / "s") == 2
+    assert run("data", "prepare", "--mix", "a=x", "--out", tmp_path / "s") == 2
+    assert not (tmp_path / "s").exists()
+    assert len(capsys.readouterr().err.splitlines()) == 5
+
+
+def test_data_prepare_trains_a_tokenizer_where_none_is_given(lines: Path, tmp_path: Path) -> None:
+    from tbf.data.tokenizer import SpanishSPMTokenizer
+
+    command = ("data", "prepare", lines / "in.txt", "--documents", "line", "--out", tmp_path / "s", "--min-spanish", 0)
+    assert run(*command, "--vocab-size", 300) == 0
+    assert SpanishSPMTokenizer.from_pretrained(tmp_path / "s" / "tokenizer").vocab_size == 300
+
+
+def test_data_prepare_mixes_and_shares_the_work(
+    lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"{t} Otro {i}."}) + "\n" for i in range(5) for t in TEXT))
+    mix = ("data", "prepare", "--mix", f"{lines / 'in.txt'}=3,{other}=1", "--tokenizer", lines / "tok")
+    mix = (*mix, "--documents", "line", "--min-spanish", 0, "--out", tmp_path / "s")
+    assert run(*mix, "--shard", "1/2") == 0
+    assert "left to the other machines" in capsys.readouterr().out
+    assert run(*mix, "--shard", "0/2") == 0
+    assert f"{13 * len(TEXT)} documents" in capsys.readouterr().out
+    index = json.loads((tmp_path / "s" / "index.json").read_text())
+    assert [(source["name"], source["weight"]) for source in index["sources"]] == [
+        (str(lines / "in.txt"), 0.75), (str(other), 0.25)
+    ]  # fmt: skip
+
+
+def test_data_gc_deletes_only_when_told(lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = tmp_path / "cache" / "shards" / "old"
+    assert prepare(lines, old) == 0
+    (tmp_path / "runs").mkdir()
+    gc = ("data", "gc", "--cache", tmp_path / "cache", "--runs", tmp_path / "runs")
+    assert run(*gc) == 0
+    assert "0 B could go" in capsys.readouterr().out
+    assert run(*gc, "--days", 0) == 0
+    assert str(old) in (shown := capsys.readouterr().out) and "--yes" in shown
+    assert (old / "index.json").exists()
+    assert run(*gc, "--days", 0, "--yes") == 0
+    assert "freed" in (shown := capsys.readouterr().out) and "run again" not in shown
+    assert not old.exists()
+    assert run("data", "gc", "--cache", tmp_path / "none") == 2
 
 
 def test_params_adds_up(capsys: pytest.CaptureFixture[str]) -> None:

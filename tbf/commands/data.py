@@ -1,8 +1,9 @@
-"""`tbf data prepare` and `tbf data inspect`: token shards from text, and a look into them."""
+"""`tbf data prepare`, `inspect` and `gc`: token shards from text, a look into them, and the disk space they take."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,47 @@ from tbf.commands import add_verb, add_verbs
 from tbf.errors import ConfigError
 
 PREPARE = """\
-  tbf data prepare corpus/ --tokenizer tokenizer/ --out shards/
-  tbf data prepare "corpus/*.parquet" --column content --tokenizer tokenizer/ --out shards/ --processes 8
-  tbf data prepare "libros=0.7,leyes=0.3" --tokenizer tokenizer/ --out shards/ --disk-budget-gb 100
+  tbf data prepare corpus/ --out shards/
+  tbf data prepare "corpus/*.parquet" más.jsonl.gz --column content --tokenizer tokenizer/ --out shards/ --processes 8
+  tbf data prepare --mix libros/=0.7,leyes/=0.3 --tokenizer tokenizer/ --out shards/ --disk-budget-gb 100
+  tbf data prepare hf:erickfmm/red_pajama_es_hq_35 --tokenizer tokenizer/ --out /shared/shards --shard 0/4
 """
 INSPECT = """\
   tbf data inspect shards/
+  tbf data inspect shards/ --verify --samples 10
   tbf data inspect shards/ --rows 3 --seq-len 256
 """
+GC = """\
+  tbf data gc
+  tbf data gc --cache /mnt/ramdisk --runs /data/runs --days 7
+  tbf data gc --yes
+"""
+MOST_PROCESSES = 8
+"""Unless more are asked for: each may take up to 1 GB of memory."""
 
 
 def register(verbs: Any) -> None:
-    parser = add_verb(verbs, "data", None, summary="prepare and inspect training data", examples=PREPARE + INSPECT)
+    parser = add_verb(
+        verbs, "data", None, summary="prepare and inspect training data", examples=PREPARE + INSPECT + GC
+    )  # fmt: skip
     group = add_verbs(parser)
     _register_prepare(group)
     inspect = add_verb(group, "inspect", run_inspect, summary="show what a folder of shards holds", examples=INSPECT)
-    inspect.add_argument("folder", type=Path, metavar="DIR", help="made by `tbf data prepare` or by a training run")
-    inspect.add_argument("--rows", type=int, default=0, metavar="N", help="also show the first N rows as text")
-    inspect.add_argument("--seq-len", type=int, default=512, metavar="T", help="tokens a row (default: %(default)s)")
-    inspect.add_argument("--verify", action="store_true", help="compare every file with its recorded hash")
+    add = inspect.add_argument
+    add("folder", type=Path, metavar="DIR", help="made by `tbf data prepare` or by a training run")
+    add("--samples", type=int, default=3, metavar="N", help="documents to show the start of (default: %(default)s)")
+    add("--rows", type=int, default=0, metavar="N", help="pack rows and show the first N as text")
+    add("--seq-len", type=int, default=512, metavar="T", help="tokens a row of --rows (default: %(default)s)")
+    add("--verify", action="store_true", help="compare every file with its recorded hash")
+    gc = add_verb(
+        group, "gc", run_gc, summary="list what could go from the disk, and delete it with --yes", examples=GC,
+        about="Finished checkpoints, exports and folders made by `tbf data prepare` are never listed.",
+    )  # fmt: skip
+    add = gc.add_argument
+    add("--cache", type=Path, action="append", metavar="DIR", help="data.cache_dir (default: ~/.cache/tbf); repeatable")
+    add("--runs", type=Path, action="append", metavar="DIR", help="folder of run folders (default: runs); repeatable")
+    add("--days", type=float, default=30.0, metavar="N", help="shards unused for so long could go (default: 30)")
+    add("--yes", action="store_true", help="delete what is listed")
 
 
 def _register_prepare(group: Any) -> None:
@@ -37,84 +60,102 @@ def _register_prepare(group: Any) -> None:
         about="Stopped or killed, it goes on where it was; train on the folder with --data DIR.",
     )  # fmt: skip
     add = prepare.add_argument
-    add("source", metavar="SOURCE", help="file, folder or glob of parquet/jsonl/txt, hf:NAME, sample, or a mixture")
-    add("--tokenizer", type=Path, required=True, metavar="PATH", help="folder or .model file")
+    add(
+        "sources", metavar="SOURCE", nargs="*",
+        help="file, folder or glob of parquet, jsonl or txt (also .gz, .zst), hf:NAME[:split[:column]], or sample",
+    )  # fmt: skip
+    add("--mix", metavar="A=0.7,B=0.3", help="instead of SOURCE: sources with their shares of the rows")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    add("--tokenizer", type=Path, metavar="PATH", help="folder or .model file (default: the one in DIR, or train one)")
+    add("--vocab-size", type=int, default=50_000, metavar="N", help="of a tokenizer trained here (default: 50,000)")
     add("--column", default="text", metavar="KEY", help="column of parquet, key of jsonl (default: %(default)s)")
     add("--documents", choices=("file", "line", "block"), default="file", help="what a document of a .txt file is")
-    add("--processes", type=int, default=1, metavar="N", help="processes that clean and tokenise (default: 1)")
+    add(
+        "--processes", type=int, default=min(len(os.sched_getaffinity(0)), MOST_PROCESSES), metavar="N",
+        help=f"processes that clean and tokenise (default: cores, at most {MOST_PROCESSES})",
+    )  # fmt: skip
+    add("--shard", metavar="i/n", default="0/1", help="make only this share, on one of n machines with one DIR")
     add("--min-chars", type=int, default=20, metavar="N", help="drop shorter documents (default: %(default)s)")
+    add("--max-chars", type=int, default=100_000, metavar="N", help="cut longer documents; 0: never (default: 100,000)")
     add("--min-spanish", type=float, default=0.65, metavar="X", help="drop less Spanish ones; 0: off (default: 0.65)")
     add("--keep-duplicates", action="store_true", help="keep exact repetitions of a document")
+    add("--keep-control", action="store_true", help="keep control characters and line ends as they are")
+    add("--no-nfc", action="store_true", help="do not compose accents")
     add("--validation-share", type=float, default=0.05, metavar="X", help="documents held out (default: %(default)s)")
-    add("--disk-budget-gb", type=float, default=300.0, metavar="GB", help="stop before using more (default: 300)")
+    add("--disk-budget-gb", type=float, default=300.0, metavar="GB", help="stop before tbf holds more (default: 300)")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="counts into the budget (default: runs)")
     add("--strict", action="store_true", help="stop at the first bad file instead of naming and skipping it")
+    add("--verify", action="store_true", help="compare every shard with its recorded hash at the end")
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:
     if arguments.processes < 1:
         raise ConfigError(f"--processes {arguments.processes}: at least 1")
+    if bool(arguments.sources) == bool(arguments.mix):
+        raise ConfigError("name what to prepare: either SOURCE... or --mix A=0.7,B=0.3")
     from tbf.data.cleaning import CleanOptions
-    from tbf.data.sharding import PrepareOptions, prepare
+    from tbf.data.inspection import format_prepared
+    from tbf.data.plan import PrepareOptions, parse_share, parse_sources
+    from tbf.data.prepare import prepare_folder
+    from tbf.data.sharding import verify
     from tbf.data.sources import ReadOptions
     from tbf.data.tokenizer import SpanishSPMTokenizer
 
     options = PrepareOptions(
         read=ReadOptions(column=arguments.column, documents=arguments.documents),
         clean=CleanOptions(
+            nfc=not arguments.no_nfc,
+            control=not arguments.keep_control,
             min_chars=arguments.min_chars,
+            max_chars=arguments.max_chars,
             min_spanish=arguments.min_spanish,
             duplicates=not arguments.keep_duplicates,
         ),
         processes=arguments.processes,
         strict=arguments.strict,
         validation_share=arguments.validation_share,
-        disk_budget=int(arguments.disk_budget_gb * 1e9),
+        share=parse_share(arguments.shard),
     )
-    tokenizer = SpanishSPMTokenizer.from_pretrained(arguments.tokenizer)
-    result = prepare(arguments.source, tokenizer, arguments.out, options)
-    for path, reason in result.bad_files.items():
-        print(f"skipped {path}: {reason}")
-    if result.counts:
-        print("cleaning: " + ", ".join(f"{count:,} {kind}" for kind, count in result.counts.items()))
-    print(f"{result.folder}: {result.documents:,} documents, {result.tokens:,} tokens in {result.shards} shard(s), "
-          f"{result.made} made now in {result.seconds:.1f} s")  # fmt: skip
-    if not result.complete:
-        print(f"incomplete: {result.note}")
+    result = prepare_folder(
+        parse_sources(arguments.mix or arguments.sources),
+        arguments.out,
+        tokenizer=SpanishSPMTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else None,
+        vocab_size=arguments.vocab_size,
+        options=options,
+        disk_budget_gb=arguments.disk_budget_gb,
+        count_too=(arguments.runs,),
+    )
+    print(format_prepared(result))
+    if arguments.verify and (arguments.out / "index.json").exists():
+        verify(arguments.out, processes=arguments.processes, progress=True)
+        print("every file matches its recorded hash")
     return 0
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    from tbf.data.sharding import verify
-    from tbf.data.shards import ShardIndex
+    from tbf.data.inspection import format_inspection, format_rows, inspect_folder
 
-    index = ShardIndex.read(arguments.folder)
-    state = "complete" if index.complete else f"incomplete: {index.note}"
-    print(f"{index.folder}: {state}")
-    print(f"  {index.documents:,} documents, {index.tokens:,} tokens, {len(index.shards)} shard(s), {index.dtype} ids")
-    print(f"  tokenizer {index.tokenizer[:12]} with {index.vocab_size:,} ids, in {index.folder / 'tokenizer'}")
-    for source in index.sources:
-        shards = [shard for shard in index.shards if shard.source == source["name"]]
-        share = "" if source["weight"] is None else f", {source['weight']:.0%} of the rows"
-        print(f"  source {source['name']}: {sum(shard.tokens for shard in shards):,} tokens{share}")
+    rows = format_rows(arguments.folder, arguments.rows, arguments.seq_len) if arguments.rows > 0 else ""
+    print(format_inspection(inspect_folder(arguments.folder, samples=arguments.samples, check=arguments.verify)))
     if arguments.verify:
-        verify(arguments.folder, progress=True)
-        print("  every file matches its recorded hash")
-    if arguments.rows > 0:
-        _show_rows(index.folder, arguments.rows, arguments.seq_len)
+        print("every file matches its recorded hash")
+    if rows:
+        print(rows)
     return 0
 
 
-def _show_rows(folder: Path, count: int, seq_len: int) -> None:
-    from tbf.data.loader import PackedDataset
-    from tbf.data.tokenizer import SpanishSPMTokenizer
+def run_gc(arguments: argparse.Namespace) -> int:
+    from tbf.data.files import free_bytes
+    from tbf.data.storage import delete_garbage, find_garbage, format_garbage, human_bytes, used_bytes
+    from tbf.system import cache_root
 
-    tokenizer = SpanishSPMTokenizer.from_pretrained(folder / "tokenizer")
-    dataset = PackedDataset(folder, seq_len=seq_len, tokenizer=tokenizer)
-    print(f"  {len(dataset):,} rows of {seq_len} tokens, {dataset.packing_efficiency:.1%} filled")
-    for position in range(min(count, len(dataset))):
-        row = dataset.row(position)
-        print(f"row {position}:")
-        for document in range(1, int(row["segment_ids"].max()) + 1):
-            text = tokenizer.decode(row["input_ids"][row["segment_ids"] == document])
-            print(f"  [{document}] {text}")
+    caches = arguments.cache or [cache_root()]
+    runs = arguments.runs or [Path("runs")]
+    for folder in [*(arguments.cache or ()), *(arguments.runs or ())]:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder; name one that holds shards or runs of tbf")
+    garbage = find_garbage(caches, runs, unused_days=arguments.days)
+    print(format_garbage(garbage, used_bytes([*caches, *runs]), free_bytes(caches[0]), deleting=arguments.yes))
+    if arguments.yes and garbage:
+        print(f"deleted: {human_bytes(delete_garbage(garbage))} freed")
+    return 0

@@ -148,6 +148,22 @@ def format_inspection(found: Inspection) -> str:
     return "\n".join(lines)
 
 
+def format_rows(folder: str | Path, count: int, seq_len: int) -> str:
+    """Packs the corpus for rows of `seq_len` tokens and shows the first `count` rows of training as text."""
+    from tbf.data.dataset import PackedDataset
+
+    folder = Path(folder)
+    tokenizer = SpanishSPMTokenizer.from_pretrained(folder / "tokenizer")
+    dataset = PackedDataset(folder, seq_len=seq_len, tokenizer=tokenizer)
+    lines = []
+    for position in range(min(count, len(dataset))):
+        row = dataset.row(position)
+        lines.append(f"row {position}:")
+        for document in range(1, int(row["segment_ids"].max()) + 1):
+            lines.append(f"  [{document}] {tokenizer.decode(row['input_ids'][row['segment_ids'] == document])}")
+    return "\n".join(lines)
+
+
 def format_prepared(result: PrepareResult) -> str:
     """The summary of a preparation for people."""
     speed = result.text_bytes / 1e6 / max(result.seconds, 1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,27 +44,39 @@ class PrepareOptions:
             raise ConfigError(f"shard {number}/{count} does not exist; use 0/{count} to {count - 1}/{count}")
 
 
-def parse_sources(text: str) -> list[tuple[str, float | None]]:
-    """`SPEC`, or a mixture `SPEC=0.7,SPEC=0.3` of shares of the rows. Raises ConfigError for weights that are none."""
-    pieces = text.split(",")
-    if len(pieces) == 1 and "=" not in text:
-        return [(text, None)]
-    if Path(text).exists():
-        return [(text, None)]
-    parsed = []
+def parse_sources(given: str | Sequence[str]) -> list[tuple[str, float | None]]:
+    """(spec, share of the rows) of every source.
+
+    Args:
+        given: specs, which share the rows by their sizes; or one text: `SPEC`, or a mixture `SPEC=0.7,SPEC=0.3`.
+
+    Raises:
+        ConfigError: weights that are none, or a source named twice.
+    """
+    if not isinstance(given, str):
+        return _different([(spec, None) for spec in given]) if len(given) > 1 else parse_sources(given[0])
+    pieces = given.split(",")
+    if (len(pieces) == 1 and "=" not in given) or Path(given).exists():
+        return [(given, None)]
+    parsed: list[tuple[str, float | None]] = []
     for piece in pieces:
         spec, sign, share = piece.strip().rpartition("=")
         try:
             weight = float(share)
         except ValueError:
             weight = 0.0
-        if not sign or not spec or weight <= 0:
-            raise ConfigError(f"mixture {text!r}: {piece!r} is not SOURCE=SHARE; write e.g. libros=0.7,leyes=0.3")
+        if not sign or not spec or not 0 < weight < math.inf:
+            raise ConfigError(f"mixture {given!r}: {piece!r} is not SOURCE=SHARE; write e.g. libros=0.7,leyes=0.3")
         parsed.append((spec, weight))
-    if len({spec for spec, _ in parsed}) != len(parsed):
-        raise ConfigError(f"mixture {text!r} names a source twice; add its shares up")
-    total = sum(weight for _, weight in parsed)
-    return [(spec, weight / total) for spec, weight in parsed]
+    total = sum(weight or 0.0 for _, weight in parsed)
+    return _different([(spec, (weight or 0.0) / total) for spec, weight in parsed])
+
+
+def _different(sources: list[tuple[str, float | None]]) -> list[tuple[str, float | None]]:
+    specs = [spec for spec, _ in sources]
+    if again := next((spec for spec in specs if specs.count(spec) > 1), None):
+        raise ConfigError(f"the source {again!r} is named twice; name it once, with its whole share of a mixture")
+    return sources
 
 
 def parse_share(text: str) -> tuple[int, int]:

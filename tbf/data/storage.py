@@ -128,12 +128,12 @@ def delete_garbage(garbage: Iterable[Garbage]) -> int:
     return freed
 
 
-def format_garbage(garbage: Sequence[Garbage], used: int, free: int) -> str:
+def format_garbage(garbage: Sequence[Garbage], used: int, free: int, *, deleting: bool = False) -> str:
     """A table for people."""
     lines = [f"{human_bytes(item.bytes):>10}  {item.path}  ({item.reason})" for item in garbage]
     total = human_bytes(sum(item.bytes for item in garbage))
     lines.append(f"tbf holds {human_bytes(used)}; {human_bytes(free)} are free; {total} could go" + (
-        ": run again with --yes to delete" if garbage else ""
+        ": run again with --yes to delete" if garbage and not deleting else ""
     ))  # fmt: skip
     return "\n".join(lines)
 

@@ -34,6 +34,7 @@ class TokenizerScore:
     name: str
     vocab_size: int
     words: int
+    text_bytes: int
     tokens: int
     fertility: float
     """Tokens per word."""
@@ -47,10 +48,16 @@ class TokenizerScore:
 
 
 def sample_texts(
-    sources: Sequence[tuple[str, float | None]], options: PrepareOptions, sample_bytes: int
+    sources: Sequence[tuple[str, float | None]],
+    options: PrepareOptions,
+    sample_bytes: int,
+    problems: Problems | None = None,
 ) -> Iterator[str]:
-    """Streams about `sample_bytes` of text, spread over the sources' parts. Raises DataError when there is none."""
-    problems = Problems(options.strict)
+    """Streams about `sample_bytes` of text, spread over the sources' parts; `problems` collects what is unreadable.
+
+    Raises DataError when there is no text.
+    """
+    problems = problems or Problems(options.strict)
     listed, _ = list_sources(sources, options, problems)
     parts = [part for source in listed for part in source.parts]
     step = max(1, sum(part.text_bytes for part in parts) // max(1, sample_bytes))
@@ -74,13 +81,15 @@ def train_tokenizer(
     model_type: str = "unigram",
     sample_gb: float = SAMPLE_GB,
     options: PrepareOptions = DEFAULTS,
+    problems: Problems | None = None,
 ) -> SpanishSPMTokenizer:
     """What `tbf tokenizer train` does: trains on a sample of `sources` and saves into `out`.
 
     The same sources give the same tokenizer. Memory is bounded by the number of different words kept.
     """
     pairs = parse_sources(sources) if isinstance(sources, str) else list(sources)
-    tokenizer = SpanishSPMTokenizer.train(sample_texts(pairs, options, int(sample_gb * 1e9)), vocab_size, model_type)
+    texts = sample_texts(pairs, options, int(sample_gb * 1e9), problems)
+    tokenizer = SpanishSPMTokenizer.train(texts, vocab_size, model_type)
     tokenizer.save_pretrained(out)
     return tokenizer
 
@@ -90,6 +99,8 @@ def evaluate_tokenizers(
     sources: str | Sequence[tuple[str, float | None]],
     *,
     text_bytes: int = EVALUATION_BYTES,
+    options: PrepareOptions = DEFAULTS,
+    problems: Problems | None = None,
 ) -> list[TokenizerScore]:
     """What `tbf tokenizer eval` does: scores tokenizers on the same text of `sources`.
 
@@ -100,8 +111,13 @@ def evaluate_tokenizers(
         DataError: a tokenizer or a source cannot be read.
     """
     pairs = parse_sources(sources) if isinstance(sources, str) else list(sources)
-    texts = list(sample_texts(pairs, DEFAULTS, text_bytes))
-    return [_score(str(path), _load(Path(path)), texts) for path in tokenizers]
+    return score_texts(tokenizers, list(sample_texts(pairs, options, text_bytes, problems)))
+
+
+def score_texts(tokenizers: Sequence[str | Path], texts: Sequence[str]) -> list[TokenizerScore]:
+    """Scores tokenizers, as `evaluate_tokenizers` takes them, on these texts."""
+    loaded = [_load(Path(path)) for path in tokenizers]  # all of them first: a wrong path must not cost minutes
+    return [_score(str(path), tokenizer, texts) for path, tokenizer in zip(tokenizers, loaded)]
 
 
 @dataclass(frozen=True)
@@ -153,10 +169,10 @@ def _load_json(path: Path) -> _Loaded:
     )
 
 
-def _score(name: str, tokenizer: _Loaded, texts: list[str]) -> TokenizerScore:
+def _score(name: str, tokenizer: _Loaded, texts: Sequence[str]) -> TokenizerScore:
     words = tokens = size = unknown = spelled = 0
     for start in range(0, len(texts), 256):
-        batch = texts[start : start + 256]
+        batch = list(texts[start : start + 256])
         for text, ids in zip(batch, tokenizer.encode(batch)):
             words += len(text.split())
             size += len(text.encode("utf-8"))
@@ -167,6 +183,7 @@ def _score(name: str, tokenizer: _Loaded, texts: list[str]) -> TokenizerScore:
         name,
         tokenizer.vocab_size,
         words,
+        size,
         tokens,
         tokens / max(1, words),
         size / max(1, tokens),
@@ -177,9 +194,15 @@ def _score(name: str, tokenizer: _Loaded, texts: list[str]) -> TokenizerScore:
 
 
 def format_scores(scores: Sequence[TokenizerScore]) -> str:
-    """A table for people; fewer tokens per word and more bytes per token are better."""
-    width = max(len(score.name) for score in scores)
-    lines = [f"{'tokenizer':<{width}}  {'ids':>7}  tokens/word  bytes/token  unknown   bytes  exact round trip"]
+    """A table for people; fewer tokens per word and more bytes per token are better.
+
+    `bytes` is the share of tokens that are single bytes.
+    """
+    width = max(len("tokenizer"), *(len(score.name) for score in scores))
+    lines = [
+        f"on {scores[0].words:,} words, {scores[0].text_bytes / 1e6:,.2f} MB of text",
+        f"{'tokenizer':<{width}}  {'ids':>7}  tokens/word  bytes/token  unknown   bytes  exact round trip",
+    ]
     for score in scores:
         failed = ", ".join(probe for probe, exact in score.round_trips.items() if not exact)
         lines.append(

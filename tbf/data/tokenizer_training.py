@@ -82,6 +82,7 @@ def train_model(
     if not lines:
         raise DataError("no words to train a tokenizer on; give a source with text")
     counter.counts.clear()
+    log.info("tokenizer: training on %s different words", f"{len(lines):,}")
     wanted = vocab_size
     while True:
         try:

@@ -332,6 +332,11 @@ def test_parse_sources(tmp_path):
     assert parse_sources("a=3, b=1") == [("a", 0.75), ("b", 0.25)]
     (tmp_path / "x=1,y").mkdir()
     assert parse_sources(str(tmp_path / "x=1,y")) == [(str(tmp_path / "x=1,y"), None)]
-    for wrong in ("a=0.7,b", "a=x,b=1", "a=0.5,a=0.5", "a=-1,b=1"):
+    assert parse_sources(["a", "b.txt"]) == [("a", None), ("b.txt", None)]
+    assert parse_sources(["a=3,b=1"]) == [("a", 0.75), ("b", 0.25)]
+    for wrong in ("a=0.7,b", "a=x,b=1", "a=inf,b=1", "a=-1,b=1"):
         with pytest.raises(ConfigError, match="mixture"):
+            parse_sources(wrong)
+    for wrong in ("a=0.5,a=0.5", ["a", "b", "a"]):
+        with pytest.raises(ConfigError, match="'a' is named twice"):
             parse_sources(wrong)
