@@ -21,6 +21,8 @@ from tbf.errors import ConfigError, nearest
 from tbf.model.config import UltraConfig
 
 Section = TypeVar("Section")
+FREE_DATA = frozenset({"tokenizer", "vocab_size", "cache_dir", "num_workers", "disk_budget_gb"})
+"""Keys of the data section that a resumed run may change: what they decide, if anything, is in the shards."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,16 @@ class DataConfig:
     """Where text comes from and how rows and masks are made of it."""
 
     source: str = "sample"
-    """`sample`, `hf:NAME[:split[:column]]`, or a file, folder or glob of parquet, jsonl or txt."""
+    """`sample`, `hf:NAME[:split[:column]]`, a file, folder or glob of parquet, jsonl or txt, a mixture of these
+    (`a=0.7,b=0.3`), or a folder made by `tbf data prepare`, which also settles the next four."""
+    column: str = "text"
+    """Parquet column or JSON key that holds the text."""
+    documents: str = "file"
+    """What a document of a .txt file is: `file`, `line`, or `block` (ended by a blank line)."""
+    min_chars: int = 1
+    """Shorter documents are dropped."""
+    min_spanish: float = 0.0
+    """Documents that look less Spanish are dropped; 0: off, 0.65 keeps Spanish and little else."""
     tokenizer: str = ""
     """Folder or .model file; empty: one is trained on the source at first use."""
     vocab_size: int = 0
@@ -36,6 +47,12 @@ class DataConfig:
     seq_len: int = 512
     """Tokens a row; documents are packed into rows and never see each other."""
     mask_rate: float = 0.3
+    """Share of a row's ordinary tokens that are hidden."""
+    mask_rate_end: float = 0.0
+    """Reached by a straight line over the decay phase of the learning rate; 0: `mask_rate` throughout. Evaluation
+    always hides `mask_rate`."""
+    whole_words: bool = False
+    """Hide words with all of their tokens."""
     mask_token_share: float = 0.8
     """Of the masked positions: replaced by [MASK]. The rest of 1 after `random_token_share` is kept as it is."""
     random_token_share: float = 0.1
@@ -50,6 +67,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.seq_len >= 8, "data.seq_len", self.seq_len, "at least 8 tokens")
         _require(0.0 < self.mask_rate < 1.0, "data.mask_rate", self.mask_rate, "between 0 and 1, e.g. 0.3")
+        _require(0.0 <= self.mask_rate_end < 1.0, "data.mask_rate_end", self.mask_rate_end, "0 (off) to 1, e.g. 0.15")
+        _require(self.documents in ("file", "line", "block"), "data.documents", self.documents, "file, line or block")
+        _require(bool(self.column), "data.column", self.column, "the name of a column or key, e.g. text")
+        _require(self.min_chars >= 1, "data.min_chars", self.min_chars, "at least 1")
+        _require(0.0 <= self.min_spanish <= 1.0, "data.min_spanish", self.min_spanish, "0 (off) to 1, e.g. 0.65")
         shares = self.mask_token_share + self.random_token_share
         _require(
             min(self.mask_token_share, self.random_token_share) >= 0 and shares <= 1 + 1e-9,
@@ -157,10 +179,14 @@ class RunConfig:
             train=dataclasses.replace(self.train, **train),
         )
 
-    def fingerprint(self) -> str:
-        """Hash of what a checkpoint shares with the run that resumes it: architecture, data order and seed."""
-        data = {key: getattr(self.data, key) for key in ("source", "seq_len", "mask_rate", "validation_share")}
-        parts = {"model": self.model.to_dict(), "data": data, "seed": self.train.seed}
+    def fingerprint(self, corpus: str = "") -> str:
+        """Hash of what a checkpoint shares with the run that resumes it: architecture, rows, masks and seed.
+
+        `corpus` names the content of the shards: files may change under the same `data.source`. The length of the run
+        is left out: a longer run moves its decay phase, of the learning rate and of the mask rate alike.
+        """
+        data = {key: value for key, value in dataclasses.asdict(self.data).items() if key not in FREE_DATA}
+        parts = {"model": self.model.to_dict(), "data": data, "corpus": corpus, "seed": self.train.seed}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -87,7 +87,11 @@ def test_the_fingerprint_follows_the_architecture_and_the_data_but_not_the_lengt
     run = load_run_config("mini")
     assert run.fingerprint() == run.replace(train={"max_steps": 7}).fingerprint()
     assert run.fingerprint() != run.replace(model={"num_loops": 3}).fingerprint()
-    assert run.fingerprint() != run.replace(data={"seq_len": 64}).fingerprint()
+    for key, value in {"seq_len": 64, "whole_words": True, "mask_rate_end": 0.1, "random_token_share": 0.0,
+                       "column": "body", "min_spanish": 0.5, "validation_share": 0.1}.items():  # fmt: skip
+        assert run.fingerprint() != run.replace(data={key: value}).fingerprint(), key
+    assert run.fingerprint("one corpus") != run.fingerprint("another")
+    assert run.fingerprint() == run.replace(data={"num_workers": 3, "cache_dir": "/mnt/ramdisk"}).fingerprint()
 
 
 def test_a_saved_config_states_every_key(tmp_path):

@@ -81,7 +81,6 @@ def _register_prepare(group: Any) -> None:
     add("--keep-duplicates", action="store_true", help="keep exact repetitions of a document")
     add("--keep-control", action="store_true", help="keep control characters and line ends as they are")
     add("--no-nfc", action="store_true", help="do not compose accents")
-    add("--validation-share", type=float, default=0.05, metavar="X", help="documents held out (default: %(default)s)")
     add("--disk-budget-gb", type=float, default=300.0, metavar="GB", help="stop before tbf holds more (default: 300)")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="counts into the budget (default: runs)")
     add("--strict", action="store_true", help="stop at the first bad file instead of naming and skipping it")
@@ -113,7 +112,6 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         ),
         processes=arguments.processes,
         strict=arguments.strict,
-        validation_share=arguments.validation_share,
         share=parse_share(arguments.shard),
     )
     result = prepare_folder(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tbf.data.files import fingerprint
 from tbf.data.hashing import key, permute
 from tbf.data.packing import SPLITS, RowIndex, RowTable, build_rows
 from tbf.data.ramdisk import recorded_copy
@@ -85,7 +86,7 @@ class PackedDataset:
         seq_len: tokens a row (T).
         seed: of the order of the rows.
         split: `train` or `validation`. Validation rows come in one fixed order with one fixed mask each.
-        validation_share: share of the documents held out, by the hash of their text; None: as recorded.
+        validation_share: share of the documents held out, by the hash of their text.
         tokenizer: when given, must be the one that made the shards.
 
     Raises:
@@ -99,7 +100,7 @@ class PackedDataset:
         seq_len: int,
         seed: int = 0,
         split: str = "train",
-        validation_share: float | None = None,
+        validation_share: float = 0.05,
         tokenizer: SpanishSPMTokenizer | None = None,
         processes: int = 1,
     ) -> None:
@@ -109,8 +110,6 @@ class PackedDataset:
         if tokenizer is not None:
             self.index.check_tokenizer(tokenizer)
         self.seq_len, self.seed, self.split = seq_len, seed, split
-        if validation_share is None:
-            validation_share = self.index.validation_share
         self.row_index: RowIndex = build_rows(self.index, seq_len, validation_share, processes=processes)
         self._sources: list[_Rows] = []
         first = 0
@@ -129,6 +128,11 @@ class PackedDataset:
 
     def __len__(self) -> int:
         return self.rows_per_epoch
+
+    @property
+    def corpus(self) -> str:
+        """Changes when any token or document does, or the share of a source in a mixture."""
+        return fingerprint([self.index.key, [source["weight"] for source in self.index.sources]], 64)
 
     @property
     def packing_efficiency(self) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -136,9 +137,9 @@ class EvaluationRows:
     ) -> None:
         self.rows = min(rows, dataset.rows_per_epoch)
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
-        # The rate of a moving schedule is the one at its end: losses of different steps must be comparable.
-        self._batches = _MicroBatches(dataset, mask, micro_batch)
-        self._mask_position = mask.end_row
+        # A moving rate stays at its start here: losses of all steps must be comparable, also with those of runs that
+        # are longer, that end at another rate, or whose rate does not move.
+        self._batches = _MicroBatches(dataset, replace(mask, end_rate=None), micro_batch)
 
     def __len__(self) -> int:
         """Micro-batches per rank."""
@@ -147,7 +148,7 @@ class EvaluationRows:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for number in range(len(self)):
             first = (number * self.world_size + self.rank) * self.micro_batch
-            batch = self._batches[first, self._mask_position]
+            batch = self._batches[first, 0]
             missing = torch.arange(first, first + self.micro_batch) >= self.rows
             batch["input_ids"][missing] = 0
             batch["segment_ids"][missing] = 0

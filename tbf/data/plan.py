@@ -30,8 +30,6 @@ class PrepareOptions:
     processes: int = 1
     strict: bool = False
     """Refuse bad files instead of naming and skipping them."""
-    validation_share: float = 0.05
-    """Recorded for readers that name none; documents are held out when rows are packed."""
     share: tuple[int, int] = (0, 1)
     """(i, n): make the shards whose number is i modulo n; for n machines on one shared folder."""
     disk_budget: int | None = None
@@ -129,7 +127,6 @@ def make_plan(
     plan["key"] = fingerprint(plan, 64)
     plan["sources"] = [{"name": spec, "weight": weight} for spec, weight in sources]
     plan["bad_files"] = problems.files
-    plan["validation_share"] = options.validation_share
     return plan
 
 

@@ -15,23 +15,22 @@ from tbf.data.packing import build_rows
 from tbf.data.plan import PrepareOptions, list_sources, make_plan, parse_sources
 from tbf.data.ramdisk import is_ram_disk, record_ram_dir, recorded_copy
 from tbf.data.sharding import DEFAULTS, PrepareResult, prepare, verify
-from tbf.data.shards import record_validation_share
-from tbf.data.sources import Problems
+from tbf.data.shards import ShardIndex
+from tbf.data.sources import Problems, ReadOptions
 from tbf.data.storage import room
 from tbf.data.tokenizer import MODEL_FILE, SpanishSPMTokenizer
-from tbf.data.tokenizer_tools import SAMPLE_GB, sample_texts, train_tokenizer
+from tbf.data.tokenizer_tools import SAMPLE_GB, train_tokenizer
 from tbf.system import cache_root
-
-__all__ = ["prepare_data", "prepare_folder", "sample_texts", "train_tokenizer"]
-
-AS_GIVEN = PrepareOptions(clean=CleanOptions(min_chars=1, min_spanish=0.0))
-"""Cleaning of text named to the trainer directly: only what no corpus wants. `tbf data prepare` cleans more."""
 
 
 class DataSection(Protocol):
-    """The fields of the data section that decide rows."""
+    """The fields of the data section that decide rows; see `tbf.config.DataConfig`."""
 
     source: str
+    column: str
+    documents: str
+    min_chars: int
+    min_spanish: float
     seq_len: int
     validation_share: float
     num_workers: int
@@ -44,7 +43,6 @@ def prepare_data(
     cache_dir: str | Path = "",
     *,
     vocab_size: int,
-    options: PrepareOptions = AS_GIVEN,
     progress: bool = True,
     check: bool | None = None,
     count_too: Sequence[Path] = (Path("runs"),),
@@ -76,7 +74,12 @@ def prepare_data(
         cache = Path(cache_dir).expanduser() if cache_dir else cache_root()
         if is_ram_disk(cache) and (on_disk := cache_root()).absolute() != cache.absolute():
             ram_dir, cache = cache, on_disk
-        options = replace(options, processes=processes, progress=progress, validation_share=data.validation_share)
+        options = PrepareOptions(
+            read=ReadOptions(column=data.column, documents=data.documents),
+            clean=CleanOptions(min_chars=data.min_chars, min_spanish=data.min_spanish),
+            processes=processes,
+            progress=progress,
+        )
         sources = parse_sources(data.source)
         tokenizer = tokenizer or _cached_tokenizer(sources, cache, vocab_size, options)
         plan = make_plan(sources, tokenizer, options)
@@ -88,7 +91,7 @@ def prepare_data(
             print(f"skipped {path}: {reason}", file=sys.stderr)
         if not result.complete:
             print(f"{folder}: {result.note}", file=sys.stderr)
-    index = record_validation_share(folder, data.validation_share)
+    index = ShardIndex.read(folder)
     index.check_tokenizer(tokenizer)
     if check:
         verify(folder, processes=processes, progress=progress)

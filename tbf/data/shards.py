@@ -125,8 +125,6 @@ class ShardIndex:
     shards: tuple[ShardInfo, ...]
     complete: bool
     """False when preparation stopped before the end (disk budget); what is there is usable."""
-    validation_share: float = 0.05
-    """Documents held out unless a reader asks for another share."""
     note: str = ""
 
     @property
@@ -166,7 +164,6 @@ class ShardIndex:
                 tuple(value["sources"]),
                 tuple(ShardInfo(**shard) for shard in value["shards"]),
                 value["complete"],
-                value["validation_share"],
                 value["note"],
             )
         except (KeyError, TypeError) as error:
@@ -226,7 +223,6 @@ def write_index(folder: Path, plan: dict[str, Any], shards: Sequence[ShardInfo],
             "vocab_size": plan["vocab_size"],
             "sources": plan["sources"],
             "complete": complete,
-            "validation_share": plan["validation_share"],
             "note": note,
             "documents": sum(shard.documents - shard.duplicates_elsewhere for shard in shards),
             "tokens": sum(shard.tokens for shard in shards),
@@ -236,13 +232,3 @@ def write_index(folder: Path, plan: dict[str, Any], shards: Sequence[ShardInfo],
             "shards": [shard.to_dict() for shard in shards],
         },
     )
-
-
-def record_validation_share(folder: Path, share: float) -> ShardIndex:
-    """Makes `share` the one that readers of the folder take when they name none; returns the index."""
-    index = ShardIndex.read(folder)
-    if index.validation_share == share:
-        return index
-    value = read_json(folder / "index.json", PREPARE_AGAIN)
-    write_json(folder / "index.json", {**value, "validation_share": share})
-    return ShardIndex.read(folder)

@@ -33,6 +33,7 @@ from tbf.train.environment import ProcessInfo
 from tbf.train.finish import export_run_folder, print_summary
 from tbf.train.optim import parameter_groups
 from tbf.train.run_folder import choose_run_dir, write_run_files
+from tbf.train.schedule import moving_mask
 from tbf.train.signals import StopRequest
 from tbf.train.trainer import Trainer
 
@@ -66,10 +67,16 @@ def _train(
     say: Callable[[str], None],
 ) -> int:
     run, tokenizer, shards = _prepare_data(run, progress=process.local_rank == 0)
-    dataset = PackedDataset(shards, seq_len=run.data.seq_len, seed=run.train.seed, split="train")
-    held_out = PackedDataset(shards, seq_len=run.data.seq_len, seed=run.train.seed, split="validation")
+    rows = {"seq_len": run.data.seq_len, "seed": run.train.seed, "validation_share": run.data.validation_share}
+    dataset = PackedDataset(shards, split="train", **rows)
+    held_out = PackedDataset(shards, split="validation", **rows)
     mask = MaskSpec.for_tokenizer(
-        tokenizer, run.data.mask_rate, run.data.mask_token_share, run.data.random_token_share, seed=run.train.seed
+        tokenizer,
+        run.data.mask_rate,
+        run.data.mask_token_share,
+        run.data.random_token_share,
+        seed=run.train.seed,
+        whole_words=run.data.whole_words,
     )
     engine = build_engine(run, engine_config, device, say)
     say(f"model: {engine.module.num_parameters():,} parameters; data: {dataset.rows_per_epoch:,} rows of "
@@ -95,7 +102,7 @@ def _train(
         run_dir / "checkpoints",
         keep_last=run.train.keep_last,
         keep_best=run.train.keep_best,
-        fingerprint=run.fingerprint(),
+        fingerprint=run.fingerprint(dataset.corpus),
     )
     trainer = Trainer(
         config=run,
@@ -115,6 +122,7 @@ def _train(
     if resumed is not None:
         trainer.load_state_dict(store.load(engine, resumed, **ranks))
         say(f"resumed from {resumed} at step {trainer.step}")
+    loader.mask = moving_mask(mask, run, trainer.step, loader.cursor, loader.rows_per_step)
     say(f"run folder: {run_dir}")
     with trainer.stop_request:
         status = trainer.fit()

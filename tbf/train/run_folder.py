@@ -19,7 +19,7 @@ import yaml
 
 import tbf
 from tbf.checkpoints.files import run_lock
-from tbf.config import RunConfig
+from tbf.config import FREE_DATA, RunConfig
 from tbf.errors import CheckpointError, ConfigError
 from tbf.train.ds_config import EngineConfig
 from tbf.train.environment import ProcessInfo
@@ -142,7 +142,7 @@ def _refuse_other_settings(folder: Path, run: RunConfig) -> None:
         raise CheckpointError(f"{folder / CONFIG_FILE} cannot be read ({error}); choose another --run-dir") from None
     ours = run.to_dict()
     mine = {**ours["model"], **{f"data.{k}": v for k, v in ours["data"].items()}, "seed": ours["train"]["seed"]}
-    free = {f"data.{key}" for key in ("cache_dir", "num_workers", "disk_budget_gb", "tokenizer", "vocab_size")}
+    free = {f"data.{key}" for key in FREE_DATA}
     different = [
         key for key in sorted(mine.keys() | theirs.keys()) if key not in free and mine.get(key) != theirs.get(key)
     ]

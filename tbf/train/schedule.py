@@ -1,11 +1,13 @@
-"""Learning rate, weight decay and loops as pure functions of the step, so that resuming needs no state."""
+"""Learning rate, weight decay, mask rate and loops as pure functions of the step, so that resuming needs no state."""
 
 from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
-from tbf.config import TrainConfig
+from tbf.config import RunConfig, TrainConfig
+from tbf.data.masking import MaskSpec
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -15,12 +17,29 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     """
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps
-    decay_steps = round(train.decay_share * train.max_steps)
+    decay_steps = train.max_steps - decay_start(train)
     left = train.max_steps - step
     if left >= decay_steps or decay_steps == 0:
         return train.learning_rate
     progress = 1.0 - max(left, 0) / decay_steps
     return train.learning_rate * max(train.min_lr_ratio, 1.0 - math.sqrt(progress))
+
+
+def decay_start(train: TrainConfig) -> int:
+    """First step of the decay phase."""
+    return train.max_steps - round(train.decay_share * train.max_steps)
+
+
+def moving_mask(mask: MaskSpec, run: RunConfig, step: int, cursor: int, rows_per_step: int) -> MaskSpec:
+    """`mask` with a rate that moves to `data.mask_rate_end` over the steps of the decay phase.
+
+    Its rows are counted from the place of a run that is at `step` and `cursor`, so that a resumed run follows the
+    length and the batch size that it is given now, whatever they were before.
+    """
+    if not run.data.mask_rate_end:
+        return mask
+    start, end = (cursor + (at - step) * rows_per_step for at in (decay_start(run.train), run.train.max_steps))
+    return replace(mask, end_rate=run.data.mask_rate_end, start_row=start, end_row=end)
 
 
 def weight_decay(step: int, train: TrainConfig) -> float:

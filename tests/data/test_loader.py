@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -205,6 +206,24 @@ def test_evaluation_rows_are_each_seen_once(shards, spec, world):
     assert torch.equal(next(iter(one))["input_ids"], ids[:rows])
     assert torch.equal(next(iter(one))["masked_labels"], labels[:rows])
     assert all(same(a, b) for a, b in zip(parts[0], parts[0], strict=True))
+
+
+def test_evaluation_hides_the_same_at_every_step(shards, tokenizer):
+    dataset = PackedDataset(shards, seq_len=WIDTH, split="validation", validation_share=0.1)
+    still = MaskSpec.for_tokenizer(tokenizer, 0.3)
+    moving = MaskSpec.for_tokenizer(tokenizer, 0.3, end_rate=0.15, start_row=-8, end_row=0)
+    ours, theirs = (next(iter(EvaluationRows(dataset, spec, rows=4, micro_batch=4))) for spec in (moving, still))
+    assert same(ours, theirs)
+
+
+def test_the_corpus_is_named_by_its_content_and_its_shares(shards, dataset, tmp_path):
+    other = tmp_path / "p"
+    shutil.copytree(shards, other)
+    assert PackedDataset(other, seq_len=64, seed=9).corpus == dataset.corpus
+    index = json.loads((other / "index.json").read_text())
+    index["sources"][0]["weight"] = 1.0
+    (other / "index.json").write_text(json.dumps(index))
+    assert PackedDataset(other, seq_len=64).corpus != dataset.corpus
 
 
 def test_mixture_deals_rows_by_share(tmp_path, tokenizer, sample_texts):

@@ -22,6 +22,10 @@ class Section:
     source: str = "sample"
     seq_len: int = 128
     validation_share: float = 0.1
+    column: str = "text"
+    documents: str = "file"
+    min_chars: int = 1
+    min_spanish: float = 0.0
     num_workers: int = 1
     disk_budget_gb: float = 1.0
 
@@ -29,7 +33,10 @@ class Section:
 def test_sample_end_to_end_and_reuse(tmp_path):
     folder, tokenizer = prepare_data(Section(), None, tmp_path, vocab_size=800, progress=False)
     assert tokenizer.vocab_size == 800
-    train, held = (PackedDataset(folder, seq_len=128, split=s, tokenizer=tokenizer) for s in ("train", "validation"))
+    train, held = (
+        PackedDataset(folder, seq_len=128, split=s, validation_share=0.1, tokenizer=tokenizer)
+        for s in ("train", "validation")
+    )
     assert train.rows_per_epoch > 100
     assert 0.03 < held.rows_per_epoch / train.rows_per_epoch < 0.3
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"}
@@ -53,11 +60,26 @@ def test_other_content_gets_another_folder(tmp_path, tokenizer, texts):
 def test_another_share_or_row_length_reuses_the_shards(tmp_path, tokenizer, texts):
     section = Section(source=str(write_jsonl(tmp_path / "a.jsonl", texts[:100])))
     first, _ = prepare_data(section, tokenizer, tmp_path / "cache", vocab_size=0, progress=False)
-    small = PackedDataset(first, seq_len=128, split="validation").rows_per_epoch
+    small = PackedDataset(first, seq_len=128, split="validation", validation_share=0.1).rows_per_epoch
     other = replace(section, validation_share=0.4, seq_len=64)
     second, _ = prepare_data(other, tokenizer, tmp_path / "cache", vocab_size=0, progress=False)
     assert first == second
-    assert PackedDataset(second, seq_len=128, split="validation").rows_per_epoch > 2 * small
+    assert PackedDataset(second, seq_len=128, split="validation", validation_share=0.4).rows_per_epoch > 2 * small
+
+
+def test_the_section_says_how_text_is_read_and_cleaned(tmp_path, tokenizer, texts):
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [*texts[:40], "The cat and the dog were at the house of an old man."], "body"
+    )
+    section = Section(source=str(path), column="body")
+    for changes, documents in (({}, 41), ({"min_spanish": 0.3}, 40), ({"min_chars": 10**6}, None)):
+        prepared = replace(section, **changes), tokenizer, tmp_path / "cache"
+        if documents is None:
+            with pytest.raises(DataError, match="too_short"):
+                prepare_data(*prepared, vocab_size=0, progress=False)
+        else:
+            folder, _ = prepare_data(*prepared, vocab_size=0, progress=False)
+            assert PackedDataset(folder, seq_len=64).index.documents == documents
 
 
 def test_a_prepared_folder_is_a_source(tmp_path, corpus, tokenizer):

@@ -159,7 +159,7 @@ def test_a_cache_on_a_ram_disk_holds_copies_only(tmp_path, corpus, tokenizer, mo
     copy = ram / f"tbf-shards-{key[:16]}"
     while len(list(copy.glob("*.bin"))) < len(list(folder.glob("*.bin"))) and time.monotonic() < deadline:
         time.sleep(0.01)
-    dataset = PackedDataset(folder, seq_len=128)
+    dataset = PackedDataset(folder, seq_len=128, validation_share=0.1)
     dataset.row(0)
     assert all(copy in file.path.parents for file in next(iter(dataset._files._open.values())))
     # The next run without the RAM disk reads the disk again.

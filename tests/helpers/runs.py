@@ -25,7 +25,14 @@ TINY = {
         "factorized_embedding_dim": 16,
         "norm_type": "derf",
     },
-    "data": {"seq_len": 32, "vocab_size": 400, "num_workers": 0, "validation_share": 0.1},
+    "data": {
+        "seq_len": 32,
+        "vocab_size": 400,
+        "num_workers": 0,
+        "validation_share": 0.1,
+        "mask_rate_end": 0.15,
+        "whole_words": True,
+    },
     "train": {
         "max_steps": 20,
         "micro_batch_size": 4,

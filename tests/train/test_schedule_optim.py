@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from tbf.config import TrainConfig
+from tbf.config import DataConfig, RunConfig, TrainConfig
+from tbf.data.masking import MaskSpec
 from tbf.train.optim import parameter_groups
-from tbf.train.schedule import learning_rate, loop_count, weight_decay
+from tbf.train.schedule import decay_start, learning_rate, loop_count, moving_mask, weight_decay
 
 TRAIN = TrainConfig(max_steps=100, warmup_steps=10, decay_share=0.2, learning_rate=1.0, min_lr_ratio=0.01)
 
@@ -25,6 +26,20 @@ def test_the_rate_rises_stays_and_falls():
 def test_the_rate_stays_positive_at_the_edges(changes):
     train = TrainConfig(max_steps=10, **{"warmup_steps": 2, **changes})
     assert all(0 < learning_rate(step, train) <= train.learning_rate for step in range(12))
+
+
+def test_the_mask_rate_falls_with_the_learning_rate():
+    run = RunConfig(data=DataConfig(mask_rate=0.3, mask_rate_end=0.15), train=TRAIN)
+    mask = moving_mask(MaskSpec(0.3, 100), run, step=0, cursor=0, rows_per_step=16)
+    rates = [mask.rate_at(step * 16) for step in range(101)]
+    assert decay_start(TRAIN) == 80 and set(rates[:81]) == {0.3} and rates[81] < 0.3 and rates[100] == 0.15
+    resumed = moving_mask(MaskSpec(0.3, 100), run, step=50, cursor=50 * 16, rows_per_step=16)
+    assert resumed == mask
+    other_batch = moving_mask(MaskSpec(0.3, 100), run, step=50, cursor=50 * 16, rows_per_step=4)
+    assert [other_batch.rate_at(50 * 16 + (step - 50) * 4) for step in range(50, 101)] == rates[50:]
+    longer = moving_mask(MaskSpec(0.3, 100), run.replace(train={"max_steps": 200}), 50, 50 * 16, 16)
+    assert longer.rate_at(159 * 16) == 0.3 and longer.rate_at(200 * 16) == 0.15
+    assert moving_mask(MaskSpec(0.3, 100), RunConfig(train=TRAIN), 0, 0, 16).end_rate is None
 
 
 def test_weight_decay_stops_halfway_only_in_the_two_stage_recipe():
