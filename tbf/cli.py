@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import tbf
-from tbf.commands import add_verbs, bench, data, embed, fill_mask, params, tokenizer
+from tbf.commands import add_verbs, bench, data, doctor, embed, fill_mask, params, tokenizer
 from tbf.errors import run_program
 
 EXAMPLES = """\
@@ -16,6 +16,7 @@ examples:
   tbf fill-mask runs/mini-1/export "La capital de España es [MASK]."
   tbf embed runs/mini-1/export --file sentences.txt --out vectors.npy
   tbf params frankenstein_2048
+  tbf doctor
   tbf bench gemm
 
 training: deepspeed launch/train.py --ds_config ds_configs/p40_zero2.json
@@ -23,7 +24,7 @@ plain weights of a run: python tools/convert_ckpt.py runs/mini-1 exported
 
 exit codes: 0 done, 2 wrong usage or config, 3 data, 4 checkpoint or export, 5 hardware, 6 training halted
 """
-VERBS = (fill_mask, embed, tokenizer, data, params, bench)
+VERBS = (fill_mask, embed, tokenizer, data, params, bench, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

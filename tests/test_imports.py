@@ -20,6 +20,7 @@ ALLOWED = {
     "checkpoints": {"errors", "system", "checkpoints"},
     "export": {"errors", "system", "config", "model", "ops", "data", "checkpoints", "export"},
     "evaluate": {"errors", "system", "config", "model", "ops", "data", "export", "evaluate"},
+    "doctor": {"errors", "system", "config", "model", "ops", "hardware", "train", "doctor"},
     "train": {"errors", "system", "config", "model", "ops", "data", "hardware"}
     | {"checkpoints", "export", "evaluate", "train"},
 }

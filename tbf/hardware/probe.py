@@ -53,19 +53,28 @@ def driver_release(path: Path = Path("/proc/driver/nvidia/version")) -> str | No
     return found.group(1) if found else None
 
 
-def carries_kernels(capability: tuple[int, int], compiled_for: Sequence[str]) -> bool:
-    """Whether a torch built for these architectures runs on the card: same major and no higher minor, or older PTX.
+def has_cubin(capability: tuple[int, int], compiled_for: Sequence[str]) -> bool:
+    """Whether there is machine code for the card: of its major version and no higher minor one.
 
     sm_60 kernels serve a P40 (sm_61); a build that starts at sm_75 initialises on it and fails at its first kernel.
     """
-    for arch in compiled_for:
-        kind, _, number = arch.rstrip("af").partition("_")
-        major, minor = int(number[:-1]), int(number[-1])
-        if kind == "sm" and major == capability[0] and minor <= capability[1]:
-            return True
-        if kind == "compute" and (major, minor) <= capability:
-            return True
-    return False
+    return any(
+        kind == "sm" and major == capability[0] and minor <= capability[1]
+        for kind, major, minor in map(_parse_architecture, compiled_for)
+    )
+
+
+def carries_kernels(capability: tuple[int, int], compiled_for: Sequence[str]) -> bool:
+    """Whether a torch built for these architectures starts on the card: machine code, or older PTX to compile."""
+    return has_cubin(capability, compiled_for) or any(
+        kind == "compute" and (major, minor) <= capability
+        for kind, major, minor in map(_parse_architecture, compiled_for)
+    )
+
+
+def _parse_architecture(name: str) -> tuple[str, int, int]:
+    kind, _, number = name.rstrip("af").partition("_")
+    return kind, int(number[:-1]), int(number[-1])
 
 
 def check_device(facts: DeviceFacts) -> None:

@@ -18,8 +18,8 @@ def start(process: ProcessInfo, on_cpu: bool) -> torch.device:
     """Joins the process group and returns this rank's device. Raises HardwareError when the card cannot be used."""
     if not on_cpu and not torch.cuda.is_available():
         raise HardwareError(
-            f"this machine has an NVIDIA card, but torch {torch.__version__} sees none: check the driver (nvidia-smi) "
-            "and that torch is a CUDA build; to train on the CPU on purpose set DS_ACCELERATOR=cpu"
+            f"this machine has an NVIDIA card, but torch {torch.__version__} sees none: run `tbf doctor`, which "
+            "looks at the driver and at torch's build; to train on the CPU on purpose set DS_ACCELERATOR=cpu"
         )
     if not on_cpu:
         if process.local_rank >= torch.cuda.device_count():

@@ -12,6 +12,7 @@ from tbf.errors import ConfigError, HardwareError
 from tbf.hardware import gemm_bench
 from tbf.hardware.gemm_bench import CHECKED_SHAPES, bench_gemm, choose_device
 from tbf.hardware.probe import driver_release
+from tbf.ops import ternary_measure
 from tbf.ops.ternary_backends import BACKENDS, CpuInt8, TernaryPlan
 
 CPU = torch.device("cpu")
@@ -23,6 +24,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TBF_MALLOC", "0")
     monkeypatch.delenv("TBF_KERNEL", raising=False)
+    monkeypatch.setattr(ternary_measure, "MOST_ROUNDS", 2)  # no verdict of these tests rests on a time
 
 
 class Wrong(CpuInt8):
