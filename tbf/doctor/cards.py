@@ -24,6 +24,9 @@ def driver(machine: Machine, options: Options) -> Iterator[Finding]:
     if machine.variable("DS_ACCELERATOR") == "cpu":
         yield green("driver", "not asked: DS_ACCELERATOR=cpu trains on the CPU")
         return
+    if release is None and gpus:  # torch drives them, as under WSL
+        yield green("driver", "loaded; nothing here tells its release")
+        return
     if release is None and not on_bus:
         yield green("driver", "no NVIDIA card here: training runs on the CPU")
         return

@@ -33,6 +33,7 @@ from tbf.errors import EngineError, HardwareError
 from tbf.hardware.probe import driver_release
 from tbf.model.bitlinear import ternary_shapes
 from tbf.model.flops import build_meta
+from tbf.ops.ternary_backends import fastest_tools, get_backend
 from tbf.ops.ternary_nvrtc import nvrtc_version
 from tbf.ops.ternary_probe import choose_plan, device_name
 from tbf.system import cache_root
@@ -97,6 +98,8 @@ class LocalMachine(Machine):
         device = torch.device("cpu") if card is None else torch.device("cuda", card)
         if card is not None:
             torch.cuda.set_device(device)
+            fastest_tools.cache_clear()  # they belong to the card that was current, as a rank has only one
+            get_backend.cache_clear()
         said: list[str] = []
         shapes = ternary_shapes(build_meta(load_run_config("mini").model))  # as in `make train`, whose verdict this is
         plan = choose_plan(device, shapes, say=said.append)

@@ -76,6 +76,7 @@ def test_drivers():
     assert found["driver"][0] == RED and "2 NVIDIA card(s) on the bus and no driver" in found["driver"][1]
     assert set(found) == {"driver", "torch"}  # torch sees none of them, either
     assert not sick(replace(none, variables={"DS_ACCELERATOR": "cpu"})).keys() & {"driver"}
+    assert not sick(FakeMachine(driver_release=None))  # under WSL only torch knows of the card
     expect(FakeMachine(driver_release="590.44"), "driver", RED, "Tesla P40", "install R580")
     lost = sick(FakeMachine([], torch_of(*CUDA_126, cards=0), "590.44", on_bus=1))
     assert "does not carry 1 of 1 card(s)" in lost["driver"][1]

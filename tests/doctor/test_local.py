@@ -20,6 +20,7 @@ from tbf.doctor.finding import green, red, yellow
 from tbf.doctor.local import LocalMachine, container_limit, count_cards, merge_gpu, shorten
 from tbf.doctor.machine import GIB, Gpu
 from tbf.errors import EngineError
+from tbf.ops import ternary_backends as backends
 
 
 @pytest.fixture
@@ -54,6 +55,24 @@ def test_the_command_prints_lines_and_leaves_5_on_red(capsys, monkeypatch, tmp_p
     (tmp_path / "hostfile").write_text("node1\n")
     assert cli.main(["doctor", "--hostfile", str(tmp_path / "hostfile")]) == 2
     assert cli.main(["doctor", "--port", "0"]) == 2
+
+
+def test_every_card_gets_kernels_of_its_own(machine, monkeypatch):
+    """The compiled kernels belong to one card's context: a second card must not be given the first one's."""
+    seen = []
+
+    def choose(device, shapes, say):
+        seen.append((device.index, backends.fastest_tools.cache_info().currsize))
+        backends.fastest_tools("cpu")
+        say("ternary kernels on it: some plan\n  * forward  some")
+        return "some plan"
+
+    monkeypatch.setattr(local, "choose_plan", choose)
+    monkeypatch.setattr(local, "device_name", lambda device: "Tesla P40")
+    monkeypatch.setattr(local.torch.cuda, "set_device", lambda device: None)
+    expected = ("some plan (preset mini, Tesla P40)", "  * forward  some")
+    assert [machine.kernels(card) for card in (0, 1)] == [expected] * 2
+    assert seen == [(0, 0), (1, 0)]
 
 
 def test_commands_end_and_answer(machine):

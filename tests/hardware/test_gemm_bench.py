@@ -14,6 +14,7 @@ from tbf.hardware.gemm_bench import CHECKED_SHAPES, bench_gemm, choose_device
 from tbf.hardware.probe import driver_release
 from tbf.ops import ternary_measure
 from tbf.ops.ternary_backends import BACKENDS, CpuInt8, TernaryPlan
+from tbf.ops.ternary_native import native_tools
 
 CPU = torch.device("cpu")
 PASCAL, VOLTA, TURING = (6, 1), (7, 0), (7, 5)
@@ -21,6 +22,7 @@ PASCAL, VOLTA, TURING = (6, 1), (7, 0), (7, 5)
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
+    native_tools()  # compiled once, in the user's cache; only verdicts go into the fresh one
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TBF_MALLOC", "0")
     monkeypatch.delenv("TBF_KERNEL", raising=False)
