@@ -2,6 +2,7 @@
 
 python tools/convert_ckpt.py runs/mini-1 exported                           # newest checkpoint, safetensors
 python tools/convert_ckpt.py runs/mini-1 exported --step best --format torch
+python tools/convert_ckpt.py runs/mini-1 packed --format ternary             # a fifth of a byte per ternary weight
 python tools/convert_ckpt.py runs/mini-1/checkpoints/step-00000500 exported --force
 python tools/convert_ckpt.py somewhere/global_step500 exported --config config.yaml --tokenizer tokenizer/
 
@@ -15,6 +16,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
 
@@ -32,7 +34,12 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("source", type=Path, metavar="CHECKPOINT_OR_RUN", help="run folder, one of its checkpoints, or a bare one")
     add("out", type=Path, metavar="OUT", help="folder to write: weights, config.json, tokenizer, export.json")
-    add("--format", choices=("safetensors", "torch"), default="safetensors", help="weight file (default: %(default)s)")
+    add(
+        "--format",
+        choices=("safetensors", "torch", "ternary"),
+        default="safetensors",
+        help="ternary: five weights a byte, for inference (default: %(default)s)",
+    )
     add("--step", default="latest", metavar="N|best|latest", help="checkpoint of the run (default: %(default)s)")
     add(
         "--verify",
@@ -64,8 +71,15 @@ def main() -> int:
     facts = json.loads((out / EXPORT_NAME).read_text(encoding="utf-8"))
     report = facts["verified"]
     proof = f"verified: logits differ by at most {report['logits_max_abs_error']:.1e}" if report else "not verified"
-    print(f"{out}: step {facts['step']}, {facts['parameters']:,} parameters, {proof}")
+    print(f"{out}: step {facts['step']}, {facts['parameters']:,} parameters, {_size(facts)}, {proof}")
     return 0
+
+
+def _size(facts: dict[str, Any]) -> str:
+    size = f"{facts['weight_bytes'] / 1e6:,.1f} MB"
+    if ternary := facts.get("ternary"):
+        size += f" ({ternary['bytes_per_weight']:.4f} bytes for each of {ternary['weights']:,} ternary weights)"
+    return size
 
 
 if __name__ == "__main__":

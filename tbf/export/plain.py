@@ -19,8 +19,18 @@ import tbf
 from tbf.errors import CheckpointError, ConfigError, DataError, nearest
 from tbf.export.deepspeed_files import DeepSpeedCheckpoint
 from tbf.export.source import CONFIG_META, ExportSource, find_source, read_config
+from tbf.export.ternary import packed_slices, packed_tensors, size_report
 from tbf.export.verify import verify_export
-from tbf.export.weights import FILE_NAMES, check_shapes, load_strict, read_weights, tied_names, write_weights
+from tbf.export.weights import (
+    FILE_NAMES,
+    check_shapes,
+    load_strict,
+    read_weights,
+    tied_names,
+    total_bytes,
+    weight_format,
+    write_weights,
+)
 from tbf.model.config import UltraConfig
 
 if TYPE_CHECKING:
@@ -66,11 +76,11 @@ def export_run(
     try:
         _sweep(aside)
         aside.mkdir(parents=True)
-        parameters = _write(aside, source, checkpoint, format)
+        facts = _write(aside, source, checkpoint, format)
         if verify:
             logger.info("verifying in a fresh process")
         report = verify_export(aside, source.folder) if verify else None
-        _write_json(aside / EXPORT_NAME, _provenance(source, checkpoint, format, parameters, report))
+        _write_json(aside / EXPORT_NAME, _provenance(source, checkpoint, format, facts, report))
         _publish(aside, out)
     except OSError as error:
         where = error.filename or out
@@ -83,6 +93,8 @@ def export_run(
 def load_pretrained(folder: str | Path) -> tuple[TormentedBertFrankenstein, SpanishSPMTokenizer | None]:
     """Loads an export: the model in evaluation mode, on the CPU, and its tokenizer (None if exported without).
 
+    A ternary export gives a model for inference: its ternary layers hold packed weights and have no gradients.
+
     Raises CheckpointError when the folder is no export, is damaged, or does not fit this version of tbf.
     """
     from tbf.model.bitlinear import invalidate_ternary
@@ -93,25 +105,30 @@ def load_pretrained(folder: str | Path) -> tuple[TormentedBertFrankenstein, Span
         raise CheckpointError(f"{folder} is no export: it has no config.json; {cure}")
     config = read_config(folder / "config.json")
     weights = read_weights(folder)
-    model = _build_without_drawing(config)
+    model = build_without_drawing(config, packed=weight_format(folder) == "ternary")
     load_strict(model, weights, folder)
     invalidate_ternary()
     return model.eval(), _load_tokenizer(folder, config)
 
 
-def _build_without_drawing(config: UltraConfig) -> TormentedBertFrankenstein:
+def build_without_drawing(config: UltraConfig, *, packed: bool = False) -> TormentedBertFrankenstein:
     """A model whose weights are about to be loaded: drawing a billion initial ones first would take a minute.
 
-    What loading doesn't fill (ties, buffers outside the state dict) is built the long way.
+    What loading doesn't fill (ties, buffers outside the state dict) is built the long way. `packed` puts packed layers
+    in the place of ternary ones.
     """
     from tbf.model.encoder import TormentedBertFrankenstein
+    from tbf.model.packed import pack_layers
 
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             model = TormentedBertFrankenstein(config)
-        if tied_names(model) or {name for name, _ in model.named_buffers()} - model.state_dict().keys():
-            return TormentedBertFrankenstein(config)
-        return model.to_empty(device="cpu")
+        whole = tied_names(model) or {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+        if whole:
+            model = TormentedBertFrankenstein(config)
+    if packed:
+        pack_layers(model)
+    return model if whole else model.to_empty(device="cpu")
 
 
 def _load_tokenizer(folder: Path, config: UltraConfig) -> SpanishSPMTokenizer | None:
@@ -138,15 +155,20 @@ def _check_target(out: Path, force: bool) -> None:
         raise CheckpointError(f"{out} already holds an export; pass --force to replace it, or choose another folder")
 
 
-def _write(aside: Path, source: ExportSource, checkpoint: DeepSpeedCheckpoint, format: str) -> int:
-    """Writes weights, configuration and tokenizer; returns the number of parameters."""
+def _write(aside: Path, source: ExportSource, checkpoint: DeepSpeedCheckpoint, format: str) -> dict[str, Any]:
+    """Writes weights, configuration and tokenizer; returns the sizes of what was written."""
     from tbf.model.encoder import TormentedBertFrankenstein
 
     tensors = checkpoint.weights()
     with torch.device("meta"):  # shapes only, so that a wrong config is found before anything is written
         model = TormentedBertFrankenstein(source.config)
     check_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, source.folder)
-    needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(aside).free
+    facts: dict[str, Any] = {"parameters": model.num_parameters()}
+    if format == "ternary":
+        slices = packed_slices(model)
+        facts["ternary"] = size_report(tensors, slices)
+        tensors = packed_tensors(tensors, slices)
+    needed, free = total_bytes(tensors), shutil.disk_usage(aside).free
     if needed > free:
         raise CheckpointError(f"the export needs {needed / 1e9:.2f} GB and {aside.parent} has {free / 1e9:.2f} GB free")
     write_weights(aside, tensors, format)
@@ -160,18 +182,22 @@ def _write(aside: Path, source: ExportSource, checkpoint: DeepSpeedCheckpoint, f
         except DataError as error:
             raise CheckpointError(f"the tokenizer of the run cannot be copied: {error}") from None
         _load_tokenizer(aside, source.config)  # refuses one of another vocabulary
-    return model.num_parameters()
+    return {**facts, "weight_bytes": needed}
 
 
 def _provenance(
-    source: ExportSource, checkpoint: DeepSpeedCheckpoint, format: str, parameters: int, report: dict[str, Any] | None
+    source: ExportSource,
+    checkpoint: DeepSpeedCheckpoint,
+    format: str,
+    facts: dict[str, Any],
+    report: dict[str, Any] | None,
 ) -> dict[str, Any]:
     engine = {"zero_stage": checkpoint.stage, "world_size": checkpoint.world_size, "deepspeed": checkpoint.version}
     return {
         "tbf_version": tbf.__version__,
         "format": format,
         "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "parameters": parameters,
+        **facts,
         "step": checkpoint.step,
         **source.origin,
         "engine": engine,

@@ -96,6 +96,32 @@ def ternary_experts_linear(
     )
 
 
+def ternary_inference(
+    x: Tensor,
+    matrices: list[TernaryWeight],
+    counts: Sequence[int],
+    *,
+    gain: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    plan: TernaryPlan,
+) -> tuple[Tensor, ...]:
+    """The forward of `ternary_experts_linear` alone, bit for bit, for matrices that have no FP32 weights.
+
+    x [M, D] holds counts[e] rows for each of `matrices`. Raises ConfigError where a gradient would be expected of it.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ConfigError(
+            "a packed ternary model has no weights to train and no gradients; call it under torch.no_grad(), "
+            "or fine-tune an export in the format safetensors"
+        )
+    if len(counts) != len(matrices) or sum(counts) != len(x):
+        raise ConfigError(
+            f"packed ternary: {len(matrices)} matrices and {len(x)} tokens, but {len(counts)} counts of {sum(counts)}"
+        )
+    ys, _, _ = _multiply(_as_rows(x, matrices[0].in_features), gain, norm_eps, matrices, counts, plan)
+    return tuple(y.to(x.dtype) for y in ys)
+
+
 def ternary_fake_quant(weight: Tensor, rows: Sequence[int] | None = None) -> Tensor:
     """Returns the ternary value of `weight`, in its dtype, with a straight-through gradient.
 
@@ -135,18 +161,10 @@ class _TernaryLinear(torch.autograd.Function):
         counts: tuple[int, ...],
         plan: TernaryPlan,
     ) -> tuple[Tensor, ...]:
-        backend = get_backend(plan.forward, x.device.type)
-        slices, d = matrices[0].slices, matrices[0].in_features
-        with torch.autocast(x.device.type, enabled=False):
-            q, rrms = backend.tools.quantise_rows(x, gain, norm_eps)
-            shares = list(zip(_split(q, counts), matrices))
-            parts = [
-                [backend.forward(share, w.forward[i], w.scales[i], n, d) for share, w in shares]
-                for i, n in enumerate(slices)
-            ]
+        ys, q, rrms = _multiply(x, gain, norm_eps, matrices, counts, plan)
         ctx.matrices, ctx.counts, ctx.plan, ctx.experts = matrices, counts, plan, weight.ndim == 3
         ctx.save_for_backward(q.high, q.scale, *(() if gain is None else (x, gain, rrms)))
-        return tuple(torch.cat(part) if len(part) > 1 else part[0] for part in parts)
+        return ys
 
     @staticmethod
     @once_differentiable
@@ -167,6 +185,27 @@ class _TernaryLinear(torch.autograd.Function):
             x, gain, rrms = norm
             dx, dgain = get_backend(ctx.plan.forward, x.device.type).tools.norm_backward(dx, x, gain, rrms)
         return dx, dw, dgain, None, None, None, None
+
+
+def _multiply(
+    x: Tensor,
+    gain: Tensor | None,
+    norm_eps: float,
+    matrices: list[TernaryWeight],
+    counts: Sequence[int],
+    plan: TernaryPlan,
+) -> tuple[tuple[Tensor, ...], Quantised, Tensor | None]:
+    """Rows [M, D] through their matrices: (one y [M, N_i] per slice, the quantised rows, 1/rms [M] if normed)."""
+    backend = get_backend(plan.forward, x.device.type)
+    slices, d = matrices[0].slices, matrices[0].in_features
+    with torch.autocast(x.device.type, enabled=False):
+        q, rrms = backend.tools.quantise_rows(x, gain, norm_eps)
+        shares = list(zip(_split(q, counts), matrices))
+        parts = [
+            [backend.forward(share, w.forward[i], w.scales[i], n, d) for share, w in shares]
+            for i, n in enumerate(slices)
+        ]
+    return tuple(torch.cat(part) if len(part) > 1 else part[0] for part in parts), q, rrms
 
 
 def _gradients(

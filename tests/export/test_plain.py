@@ -308,8 +308,8 @@ def test_converter_refuses_wrong_usage(repo_root: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(repo_root / "tools" / "convert_ckpt.py")]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True)
     assert "python tools/convert_ckpt.py runs/mini-1 exported" in shown.stdout
-    assert "{safetensors,torch}" in shown.stdout
-    for arguments, code in [(["x", "out", "--format", "hf"], 2), ([str(tmp_path), str(tmp_path / "out")], 4)]:
+    assert "{safetensors,torch,ternary}" in shown.stdout
+    for arguments, code in [(["x", "out", "--format", "onnx"], 2), ([str(tmp_path), str(tmp_path / "out")], 4)]:
         done = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert done.returncode == code
         assert "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,35 @@ def test_round_trip_of_every_kind_of_tensor(tmp_path: Path, format: str) -> None
 
 
 def test_the_safetensors_library_accepts_the_file(tmp_path: Path) -> None:
-    path = write_weights(tmp_path, stored(TENSORS), "safetensors")
-    with safe_open(path, framework="pt") as file:
+    write_weights(tmp_path, stored(TENSORS), "safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == TENSORS.keys()
+
+
+def test_large_weights_are_cut_into_files(tmp_path: Path) -> None:
+    many = {f"t{i}": torch.randn(10) for i in range(7)} | {"huge": torch.randn(100), "byte": torch.ones(1).byte()}
+    write_weights(tmp_path, stored(many), "safetensors", shard_bytes=100)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [f"model-{i:05}-of-00005.safetensors" for i in range(1, 6)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in many.values())
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / file, framework="pt") as content:
+            assert torch.equal(content.get_tensor(name), many[name])
+    loaded = read_weights(tmp_path)
+    assert loaded.keys() == many.keys()
+    assert all(torch.equal(value, many[name]) for name, value in loaded.items())
+    (tmp_path / files[2]).unlink()
+    with pytest.raises(CheckpointError, match=f"names '{files[2]}'"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", "no json", '{"weight_map": {"t": "../model.safetensors"}}'])
+def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
+        read_weights(tmp_path)
 
 
 def test_writing_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
