@@ -33,7 +33,7 @@ class PrepareOptions:
     share: tuple[int, int] = (0, 1)
     """(i, n): make the shards whose number is i modulo n; for n machines on one shared folder."""
     disk_budget: int | None = None
-    """Bytes that the folder may grow by; None: all but `KEEP_FREE` of what is free."""
+    """Bytes that the folder may grow by; None: no limit of its own. `KEEP_FREE` of the disk always stays free."""
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from tbf.data.ramdisk import is_ram_disk, record_ram_dir, recorded_copy
 from tbf.data.sharding import DEFAULTS, PrepareResult, prepare, verify
 from tbf.data.shards import ShardIndex
 from tbf.data.sources import Problems, ReadOptions
-from tbf.data.storage import room
+from tbf.data.storage import budget_left
 from tbf.data.tokenizer import MODEL_FILE, SpanishSPMTokenizer
 from tbf.data.tokenizer_tools import SAMPLE_GB, train_tokenizer
 from tbf.system import cache_root
@@ -85,7 +85,7 @@ def prepare_data(
         plan = make_plan(sources, tokenizer, options)
         folder = cache / "shards" / f"{_slug(data.source)}-{plan['key'][:12]}"
         check = check and (folder / "index.json").is_file()
-        budget = room(data.disk_budget_gb, folder, [cache, *count_too])
+        budget = budget_left(data.disk_budget_gb, [cache, *count_too])
         result = prepare(sources, tokenizer, folder, replace(options, disk_budget=budget))
         for path, reason in result.bad_files.items():
             print(f"skipped {path}: {reason}", file=sys.stderr)
@@ -146,5 +146,5 @@ def prepare_folder(
     out = Path(out)
     pairs = parse_sources(sources) if isinstance(sources, str) else list(sources)
     tokenizer = tokenizer or _tokenizer_in(out / "tokenizer", pairs, vocab_size, options)
-    budget = room(disk_budget_gb, out, [cache_root(), *count_too])
+    budget = budget_left(disk_budget_gb, [out, cache_root(), *count_too])
     return prepare(pairs, tokenizer, out, replace(options, disk_budget=budget))

@@ -77,16 +77,19 @@ def prepare(
         if not _holds(folder / "tokenizer", tokenizer):
             tokenizer.save_pretrained(folder / "tokenizer")
         mine = [shard for i, shard in enumerate(plan["shards"]) if i % count == number]
-        for shard in mine:
-            for stale in folder.glob(f".{shard['name']}.*.tmp"):
-                stale.unlink(missing_ok=True)
+        _sweep(folder, mine)
         missing = [shard for shard in mine if ShardInfo.read(folder, shard["name"]) is None]
-        note = stopped = _make_shards(folder, missing, tokenizer, options)
+        try:
+            note = stopped = _make_shards(folder, missing, tokenizer, options)
+        finally:
+            _sweep(folder, missing)
         infos = [ShardInfo.read(folder, shard["name"]) for shard in plan["shards"]]
         finished = [info for info in infos if info is not None]
         made = sum(ShardInfo.read(folder, shard["name"]) is not None for shard in missing)
         complete = len(finished) == len(infos)
-        if not complete and not note:
+        if complete and not any(info.documents for info in finished):
+            _clear(folder, plan)
+        elif not complete and not note:
             note = f"{len(infos) - len(finished)} shards are left to the other machines; the last one writes the index"
         elif finished:
             _finish(folder, plan, finished, complete, note, changed=bool(made))
@@ -120,6 +123,23 @@ def _why(result: PrepareResult) -> str:
     return "; ".join(reasons) or "the source is blank"
 
 
+def _sweep(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
+    """Removes what killed workers left of these shards; other machines may be making the others."""
+    names = {shard["name"] for shard in shards}
+    for stale in folder.glob(".shard-*.tmp"):
+        if stale.name.split(".")[1] in names:
+            stale.unlink(missing_ok=True)
+
+
+def _clear(folder: Path, plan: dict[str, Any]) -> None:
+    """Takes shards without any document out of the way of the next try, with better text."""
+    for shard in plan["shards"]:
+        for file in folder.glob(f"{shard['name']}.*"):
+            file.unlink(missing_ok=True)
+    for name in ("index.json", "plan.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _holds(folder: Path, tokenizer: SpanishSPMTokenizer) -> bool:
     file = folder / MODEL_FILE
     return file.exists() and file.read_bytes() == tokenizer.model
@@ -148,9 +168,11 @@ def _make_shards(
     import pyarrow.compute  # noqa: F401 (once here, before the processes fork, instead of once in each)
 
     size_of_token = 2 if tokenizer.vocab_size <= 65_536 else 4
-    budget = free_bytes(folder) - KEEP_FREE
-    if options.disk_budget is not None:
-        budget = min(budget, options.disk_budget)
+    budget = max(0, free_bytes(folder) - KEEP_FREE)
+    reason = f"the disk has {budget / 1e9:.2f} GB free, besides {KEEP_FREE / 1e9:.2f} GB that are left alone"
+    if options.disk_budget is not None and options.disk_budget < budget:
+        budget = options.disk_budget
+        reason = f"the disk budget leaves {budget / 1e9:.2f} GB"
     state = {"written": 0, "promised": 0, "documents": 0, "tokens": 0}
     note = ""
 
@@ -161,8 +183,8 @@ def _make_shards(
             expected = sum(part["text_bytes"] for part in shard["parts"]) // 2 * size_of_token
             if state["written"] + state["promised"] + expected > budget:
                 note = (
-                    f"stopped at the disk budget ({budget / 1e9:.2f} GB to write here) before {shard['name']}; "
-                    "what is there can be used, and a larger budget goes on from here"
+                    f"stopped before {shard['name']}: {reason}; what is there can be used, and with more room the same "
+                    "command goes on from here"
                 )
                 return
             state["promised"] += expected

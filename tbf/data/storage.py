@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tbf.data.files import free_bytes, write_errors
+from tbf.data.files import write_errors
 
 KEEP_FREE = 256 << 20
 """Bytes of a disk that preparation never uses."""
@@ -41,12 +41,10 @@ def used_bytes(roots: Iterable[Path]) -> int:
     return sum(folder_bytes(root) for root in outer)
 
 
-def room(budget_gb: float, target: Path, roots: Iterable[Path]) -> int:
-    """Bytes that may still be written at `target`: what the budget leaves after all that is under `roots` (shards,
-    caches, runs with their checkpoints and exports), and no more than the disk has free.
-    """
-    left = int(budget_gb * 1e9) - used_bytes([*roots, target])
-    return max(0, min(left, free_bytes(target) - KEEP_FREE))
+def budget_left(budget_gb: float, roots: Iterable[Path]) -> int:
+    """Bytes of the budget that are not used by what is under `roots`: shards, caches, runs with their checkpoints and
+    exports."""
+    return max(0, int(budget_gb * 1e9) - used_bytes(roots))
 
 
 @dataclass(frozen=True)

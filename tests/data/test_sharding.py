@@ -183,6 +183,14 @@ def test_nothing_left_is_an_error_that_says_why(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", ["", "  ", "\x00"])
     with pytest.raises(DataError, match=r"no document left .*3 empty"):
         prepare(str(path), tokenizer, tmp_path / "p", OPTIONS)
+    write_jsonl(path, ["Ahora hay texto."])  # what was made of nothing is not in the way
+    assert prepare(str(path), tokenizer, tmp_path / "p", OPTIONS).documents == 1
+
+
+def test_a_disk_without_room_says_so(tmp_path, corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr("tbf.data.sharding.free_bytes", lambda _: 10_000)
+    with pytest.raises(DataError, match=r"the disk has 0\.00 GB free"):
+        prepare(str(corpus), tokenizer, tmp_path / "p", OPTIONS)
 
 
 def test_a_folder_of_another_corpus_is_refused(tmp_path, corpus, tokenizer, sample_texts):
@@ -248,6 +256,7 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, corpus, shards, tokeniz
     model = tokenizer.save_pretrained(tmp_path / "tok")
     program = f"""
 import resource, signal, sys
+from dataclasses import replace
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 from tests.data.conftest import OPTIONS
@@ -255,7 +264,7 @@ from tbf.data.sharding import prepare
 from tbf.data.tokenizer import SpanishSPMTokenizer
 from tbf.errors import run_program
 sys.exit(run_program(lambda: prepare({str(corpus)!r}, SpanishSPMTokenizer.from_pretrained({str(model)!r}),
-                                     {str(tmp_path / "p")!r}, OPTIONS)))
+                                     {str(tmp_path / "p")!r}, replace(OPTIONS, processes=2))))
 """
     (tmp_path / "p").mkdir()
     tokenizer.save_pretrained(tmp_path / "p" / "tokenizer")

@@ -15,7 +15,15 @@ from tbf.data.masking import MaskSpec
 from tbf.data.prepare import prepare_data, prepare_folder
 from tbf.data.ramdisk import RamCopy, is_ram_disk, record_ram_dir
 from tbf.data.shards import ShardIndex
-from tbf.data.storage import delete_garbage, find_garbage, folder_bytes, format_garbage, human_bytes, room, used_bytes
+from tbf.data.storage import (
+    budget_left,
+    delete_garbage,
+    find_garbage,
+    folder_bytes,
+    format_garbage,
+    human_bytes,
+    used_bytes,
+)
 from tbf.errors import DataError
 
 from .conftest import OPTIONS
@@ -43,13 +51,12 @@ def test_used_bytes_counts_everything_once(tmp_path):
     assert used_bytes(nested) == 352 * 1024
 
 
-def test_room_is_what_the_budget_leaves(tmp_path):
+def test_what_the_budget_leaves(tmp_path):
     fill(tmp_path / "runs" / "c.pt", 500)
     budget = 2e6 / 1e9
-    assert room(budget, tmp_path / "cache", []) == 2_000_000
-    assert room(budget, tmp_path / "cache", [tmp_path / "runs"]) == 2_000_000 - 500 * 1024
-    assert room(1e-4, tmp_path / "cache", [tmp_path / "runs"]) == 0
-    assert room(1e9, tmp_path, []) < shutil.disk_usage(tmp_path).free
+    assert budget_left(budget, [tmp_path / "cache"]) == 2_000_000
+    assert budget_left(budget, [tmp_path / "cache", tmp_path / "runs"]) == 2_000_000 - 500 * 1024
+    assert budget_left(1e-4, [tmp_path / "runs"]) == 0
 
 
 def test_checkpoints_eat_into_the_budget_of_preparation(tmp_path, corpus, tokenizer):
