@@ -27,7 +27,13 @@ def parse_arguments() -> argparse.Namespace:
         "--ds_config", "--deepspeed_config", required=True, metavar="FILE", help="engine configuration, see ds_configs/"
     )
     add("--preset", default="mini", metavar="NAME|FILE.yaml", help="model, data and schedule (default: mini)")
-    add("--data", metavar="SOURCE", help="file, folder or glob of parquet/jsonl/txt, hf:NAME, or sample")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="file, folder or glob of parquet/jsonl/txt, hf:NAME, prepared shards, or sample",
+    )
+    source.add_argument("--mix", dest="data", metavar="A=0.7,B=0.3", help="sources with their shares of the rows")
     add("--tokenizer", metavar="PATH", help="folder or .model file (default: train one on the source, once)")
     add(
         "--run-dir",

@@ -248,6 +248,9 @@ def test_data_prepare_mixes_and_shares_the_work(
     assert "left to the other machines" in capsys.readouterr().out
     assert run(*mix, "--shard", "0/2") == 0
     assert f"{13 * len(TEXT)} documents" in capsys.readouterr().out
+    assert run("data", "inspect", tmp_path / "s") == 0
+    shown = capsys.readouterr().out
+    assert "75.0% of the rows" in shown and "25.0% of the rows" in shown
     index = json.loads((tmp_path / "s" / "index.json").read_text())
     assert [(source["name"], source["weight"]) for source in index["sources"]] == [
         (str(lines / "in.txt"), 0.75), (str(other), 0.25)

@@ -32,6 +32,8 @@ class Inspection:
     note: str
     sources: dict[str, tuple[int, int]]
     """Per source: documents, tokens."""
+    weights: dict[str, float]
+    """Per source of a mixture: its share of the rows."""
     counts: dict[str, int]
     bad_files: dict[str, str]
     duplicates: int
@@ -82,6 +84,7 @@ def inspect_folder(folder: str | Path, *, samples: int = 3, check: bool = False)
         index.complete,
         index.note,
         sources,
+        {source["name"]: source["weight"] for source in index.sources if source["weight"] is not None},
         stored["counts"],
         stored["bad_files"],
         elsewhere + stored["counts"].get("duplicate", 0),
@@ -133,6 +136,7 @@ def format_inspection(found: Inspection) -> str:
     if len(found.sources) > 1:
         lines += [
             f"  {name}: {documents:,} documents, {tokens:,} tokens"
+            + (f", {found.weights[name]:.1%} of the rows" if name in found.weights else "")
             for name, (documents, tokens) in found.sources.items()
         ]
     lines += ["", *_format_counts(found.counts, found.bad_files), "documents by length in tokens:"]
@@ -166,7 +170,7 @@ def format_rows(folder: str | Path, count: int, seq_len: int) -> str:
 
 def format_prepared(result: PrepareResult) -> str:
     """The summary of a preparation for people."""
-    speed = result.text_bytes / 1e6 / max(result.seconds, 1e-9)
+    speed = result.made_bytes / 1e6 / max(result.seconds, 1e-9)
     state = "complete" if result.complete else f"not complete: {result.note}"
     lines = [
         f"{result.folder}: {result.documents:,} documents, {result.tokens:,} tokens in {result.shards} shards "

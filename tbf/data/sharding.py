@@ -45,6 +45,8 @@ class PrepareResult:
     shards: int
     made: int
     """Shards made by this call; the others were there."""
+    made_bytes: int
+    """Text in them."""
     counts: dict[str, int]
     bad_files: dict[str, str]
     seconds: float
@@ -85,7 +87,8 @@ def prepare(
             _sweep(folder, missing)
         infos = [ShardInfo.read(folder, shard["name"]) for shard in plan["shards"]]
         finished = [info for info in infos if info is not None]
-        made = sum(ShardInfo.read(folder, shard["name"]) is not None for shard in missing)
+        names = {shard["name"] for shard in missing}
+        made = [info for info in finished if info.name in names]
         complete = len(finished) == len(infos)
         if complete and not any(info.documents for info in finished):
             _clear(folder, plan)
@@ -104,7 +107,8 @@ def prepare(
         sum(info.tokens for info in finished),
         sum(info.text_bytes for info in finished),
         len(finished),
-        made,
+        len(made),
+        sum(info.text_bytes for info in made),
         dict(sorted(counts.items())),
         bad_files,
         time.monotonic() - started,
