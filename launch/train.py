@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument(
         "--data",
         metavar="SOURCE",
-        help="file, folder or glob of parquet/jsonl/txt, hf:NAME, prepared shards, or sample",
+        help="file, folder or glob of parquet/jsonl/txt, hf:NAME, shards, or sample",
     )
     source.add_argument("--mix", dest="data", metavar="A=0.7,B=0.3", help="sources with their shares of the rows")
     add("--tokenizer", metavar="PATH", help="folder or .model file (default: train one on the source, once)")

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 6
 """Tries without any progress when the network fails; the waits double from one second."""
+_HTTP_LIBRARIES = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "aiohttp")
 _ENOUGH_PARTS = 16  # with fewer files, parts are groups of rows where the format allows it
 
 
@@ -31,7 +32,7 @@ def parse_hub(spec: str, column: str) -> tuple[str, str, str]:
     return name, split, rest[1] if len(rest) == 2 and rest[1] else column
 
 
-def list_hub(spec: str, options: ReadOptions, *, part_bytes: int, problems: Problems) -> Source:
+def list_hub(spec: str, options: ReadOptions) -> Source:
     """Lists the parts of a hub dataset (its files, or groups of rows when they are few).
 
     Raises:
@@ -56,20 +57,22 @@ def list_hub(spec: str, options: ReadOptions, *, part_bytes: int, problems: Prob
 def _resolve(name: str, spec: str) -> tuple[str, str]:
     """(what `load_dataset` takes, revision): the hub's newest commit, or the folder of a local copy and its name."""
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     if Path(name).is_dir():
         files = sorted(file for file in Path(name).rglob("*") if file.is_file())
         return name, " ".join(f"{file.relative_to(name)}:{file.stat().st_size}" for file in files)
     reason = "offline mode"
-    if not huggingface_hub.constants.HF_HUB_OFFLINE and os.environ.get("HF_DATASETS_OFFLINE", "0") in ("0", ""):
+    if not constants.HF_HUB_OFFLINE and os.environ.get("HF_DATASETS_OFFLINE", "0") in ("0", ""):
         try:
             return name, huggingface_hub.HfApi().dataset_info(name).sha or ""
         except errors.RepositoryNotFoundError:
             raise DataError(
                 f"{spec}: the hub has no such dataset, or it is private; check the name, or log in with `hf auth login`"
             ) from None
-        except (errors.HfHubHTTPError, OSError) as error:
+        except Exception as error:
+            if not _is_network_error(error):
+                raise
             reason = f"the hub cannot be reached: {type(error).__name__}"
     try:
         folder = huggingface_hub.snapshot_download(name, repo_type="dataset", local_files_only=True)
@@ -91,11 +94,18 @@ def _stream(path: str, revision: str, split: str, spec: str) -> Any:
         stream = datasets.load_dataset(path, split=split, streaming=True, revision=hub_revision)
     except ValueError as error:  # an unknown split
         raise DataError(f"{spec}: {_short(error)}; write hf:NAME:SPLIT with a split that it has") from None
-    except (datasets.exceptions.DatasetsError, OSError) as error:
+    except Exception as error:
+        if not (isinstance(error, datasets.exceptions.DatasetsError) or _is_network_error(error)):
+            raise
         raise DataError(f"{spec}: cannot be opened ({_short(error)}); check the name and the connection") from None
     if stream.num_shards < _ENOUGH_PARTS and hasattr(stream, "reshard"):
         stream = stream.reshard()
     return stream
+
+
+def _is_network_error(error: Exception) -> bool:
+    """The hub's client has changed its HTTP library more than once, and each raises errors of its own."""
+    return isinstance(error, OSError) or type(error).__module__.startswith(_HTTP_LIBRARIES)
 
 
 def _short(error: Exception) -> str:
@@ -126,7 +136,9 @@ def read_hub_part(part: Part, problems: Problems) -> Iterator[str]:
                 else:
                     problems.record("null" if value is None else "wrong_type")
             return
-        except (OSError, TimeoutError) as error:
+        except Exception as error:
+            if not _is_network_error(error):
+                raise
             attempt = 1 if done > before else attempt + 1
             if attempt == ATTEMPTS:
                 raise DataError(

@@ -97,7 +97,12 @@ def list_sources(
     if not options.shard_bytes:
         wanted = min(max(sum(source.text_bytes for source in listed) // 32, least), most)
         if wanted < 64 << 20:
-            listed = [list_source(spec, options.read, part_bytes=wanted, problems=problems) for spec, _ in sources]
+            listed = [
+                source  # parts of the hub have the size they have
+                if source.spec.startswith("hf:")
+                else list_source(source.spec, options.read, part_bytes=wanted, problems=problems)
+                for source in listed
+            ]
     return listed, wanted
 
 

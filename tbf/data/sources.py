@@ -124,7 +124,7 @@ def list_source(
     if spec.startswith("hf:"):
         from tbf.data.hub import list_hub
 
-        return list_hub(spec, options, part_bytes=part_bytes, problems=problems)
+        return list_hub(spec, options)
     return list_files(spec, find_files(spec), options, part_bytes=part_bytes, problems=problems)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from tbf.errors import TbfError
 from tbf.export.plain import export_run
 from tbf.train.callbacks.csv import read_rows
+from tbf.train.run_folder import CONFIG_FILE
 
 
 def export_run_folder(run_dir: Path) -> Path | None:
@@ -21,7 +22,7 @@ def export_run_folder(run_dir: Path) -> Path | None:
         return None
 
 
-def print_summary(run_dir: Path, ds_config: str, preset: str, status: str, export: Path | None) -> None:
+def print_summary(run_dir: Path, ds_config: str, status: str, export: Path | None) -> None:
     """Prints where the results are and the next three commands."""
     losses = _validation_losses(run_dir / "metrics.csv")
     fall = f", validation loss {losses[0]:.3f} -> {losses[-1]:.3f}" if len(losses) > 1 else ""
@@ -36,7 +37,7 @@ def print_summary(run_dir: Path, ds_config: str, preset: str, status: str, expor
     if export:
         print(f'  tbf fill-mask {export} "La capital de España es [MASK]."')
     print(
-        f"  {train} --preset {preset} --run-dir {run_dir}"
+        f"  {train} --preset {run_dir / CONFIG_FILE} --run-dir {run_dir}"
         + (" --max-steps N" if status == "done" else "")
         + "   # resume"
     )

@@ -66,7 +66,7 @@ def _train(
     device: torch.device,
     say: Callable[[str], None],
 ) -> int:
-    run, tokenizer, shards = _prepare_data(run, progress=process.local_rank == 0)
+    run, tokenizer, shards = _prepare_data(run, arguments.run_dir, progress=process.local_rank == 0)
     rows = {"seq_len": run.data.seq_len, "seed": run.train.seed, "validation_share": run.data.validation_share}
     dataset = PackedDataset(shards, split="train", **rows)
     held_out = PackedDataset(shards, split="validation", **rows)
@@ -128,7 +128,7 @@ def _train(
         status = trainer.fit()
     if process.rank == 0:
         export = export_run_folder(run_dir) if status == "done" and run.train.export_at_end else None
-        print_summary(run_dir, arguments.ds_config, arguments.preset, status, export)
+        print_summary(run_dir, arguments.ds_config, status, export)
     return trainer.stop_request.exit_code if status == "stopped" else 0
 
 
@@ -155,7 +155,7 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
     return run.replace(train={"max_steps": arguments.max_steps}) if arguments.max_steps is not None else run
 
 
-def _prepare_data(run: RunConfig, progress: bool) -> tuple[RunConfig, SpanishSPMTokenizer, Path]:
+def _prepare_data(run: RunConfig, run_dir: str | None, progress: bool) -> tuple[RunConfig, SpanishSPMTokenizer, Path]:
     """Every rank asks; the first on each node does the work behind a lock, the others find it done."""
     given = SpanishSPMTokenizer.from_pretrained(run.data.tokenizer) if run.data.tokenizer else None
     if given and run.data.vocab_size not in (0, given.vocab_size):
@@ -164,7 +164,12 @@ def _prepare_data(run: RunConfig, progress: bool) -> tuple[RunConfig, SpanishSPM
             f"{run.data.vocab_size}; leave vocab_size out, the tokenizer decides"
         )
     shards, tokenizer = prepare_data(
-        run.data, given, run.data.cache_dir, vocab_size=run.data.wanted_vocab_size, progress=progress
+        run.data,
+        given,
+        run.data.cache_dir,
+        vocab_size=run.data.wanted_vocab_size,
+        progress=progress,
+        count_too=[Path("runs"), *([Path(run_dir)] if run_dir else [])],
     )
     size = tokenizer.vocab_size
     model = dataclasses.replace(

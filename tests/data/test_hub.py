@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +21,7 @@ from tbf.errors import DataError
 from .conftest import OPTIONS
 
 pytest.importorskip("datasets")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_repository(folder: Path, texts: list[str]) -> None:
@@ -80,6 +84,35 @@ def test_offline_snapshot(cached, texts, caplog):
     assert "reading the copy in" in caplog.text
     with pytest.raises(DataError, match="no copy in the hub cache"):
         list(open_source("hf:acme/other"))
+
+
+def test_without_a_network_the_copy_is_read(cached, texts, monkeypatch, caplog):
+    """Name resolution fails, as on a machine without a network that was not told to stay offline."""
+    import huggingface_hub
+
+    class ConnectError(Exception):
+        __module__ = "httpx2"  # whatever the client's HTTP library raises is no OSError
+
+    def fail(*_, **__):
+        raise ConnectError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    assert list(open_source("hf:acme/spanish")) == texts[:100]
+    assert "the hub cannot be reached: ConnectError" in caplog.text
+
+
+def test_the_hub_is_reached_from_a_fresh_process(cached, tmp_path, tokenizer):
+    """As a command does it, where nothing has imported the hub's client before."""
+    tokenizer.save_pretrained(tmp_path / "tok")
+    arguments = ["data", "prepare", "hf:acme/spanish", "--tokenizer", tmp_path / "tok", "--out", tmp_path / "p"]
+    command = [sys.executable, "-m", "tbf.cli", *map(str, arguments), "--min-spanish", "0", "--min-chars", "1"]
+    env = {**os.environ, "HF_HUB_CACHE": str(cached), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("reading the copy in") == 1
+    assert "100 documents" in done.stdout
 
 
 def test_bad_split_and_column(local):
