@@ -119,8 +119,18 @@ class TrainConfig:
     keep_last: int = 2
     keep_best: int = 1
     log_every: int = 10
+    spike_sigmas: float = 8.0
+    """A loss, or logarithm of a gradient norm, this many robust standard deviations above the median of the last
+    `spike_window` steps is not applied. 0: only what is not finite."""
+    spike_window: int = 128
     max_bad_steps: int = 3
-    """Consecutive non-finite steps after which the run halts with an emergency dump (exit 6)."""
+    """Skipped steps among the last `bad_window` after which the run goes back to its last healthy checkpoint, and on
+    from there with the rows that come next."""
+    bad_window: int = 50
+    max_rollbacks: int = 3
+    """Returns without getting past the failure after which the run halts with an emergency dump (exit 6)."""
+    rollback_lr_factor: float = 1.0
+    """Multiplies the learning rate at each return, for the rest of the run; e.g. 0.5."""
     export_at_end: bool = True
     tensorboard: bool = True
     wandb: bool = False
@@ -136,10 +146,15 @@ class TrainConfig:
             "save_every",
             "log_every",
             "max_bad_steps",
+            "bad_window",
         ):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0, e.g. 1e-3")
         _require(self.gradient_clipping > 0, "train.gradient_clipping", self.gradient_clipping, "above 0, e.g. 1.0")
+        _require(self.spike_sigmas >= 0, "train.spike_sigmas", self.spike_sigmas, "0 (off) or e.g. 8")
+        _require(self.spike_window >= 4, "train.spike_window", self.spike_window, "at least 4, e.g. 128")
+        _require(self.max_rollbacks >= 0, "train.max_rollbacks", self.max_rollbacks, "0 or more")
+        _require(0.0 < self.rollback_lr_factor <= 1.0, "train.rollback_lr_factor", self.rollback_lr_factor, "in (0, 1]")
         _require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
         _require(0.0 <= self.decay_share <= 1.0, "train.decay_share", self.decay_share, "between 0 and 1, e.g. 0.3")
         _require(0.0 <= self.min_lr_ratio <= 1.0, "train.min_lr_ratio", self.min_lr_ratio, "between 0 and 1")

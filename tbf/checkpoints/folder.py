@@ -41,6 +41,10 @@ class CheckpointFolder:
                 found.append((path, Manifest.read(path)))
         return found
 
+    def names(self) -> list[str]:
+        """Names of all checkpoint folders, newest first, complete or not. Local."""
+        return [path.name for path in self._folders()]
+
     def latest(self) -> Path | None:
         """Returns the newest whole checkpoint, or None where nothing was ever saved.
 
@@ -49,6 +53,11 @@ class CheckpointFolder:
         """
         folders = ranks.from_rank_0(self._folders())
         return self._first_whole(folders, "newest") if folders else None
+
+    def last_healthy(self) -> Path | None:
+        """Returns the newest whole checkpoint that was saved while the run was well, or None where there is none."""
+        folders = ranks.from_rank_0([path for path, manifest in self.entries() if manifest.healthy])
+        return self._first_whole(folders, "last healthy") if folders else None
 
     def best(self) -> Path:
         """Returns the whole checkpoint with the lowest validation loss. Raises CheckpointError if there is none."""

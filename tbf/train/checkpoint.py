@@ -46,7 +46,7 @@ _SPARE_BYTES = 64 << 20  # logs and metrics must still fit beside a checkpoint
 
 
 class CheckpointStore(CheckpointFolder):
-    """The checkpoints of a run in training. Every method except `entries` and `sweep` is collective."""
+    """The checkpoints of a run in training. Every method except `entries`, `sweep` and `prune` is collective."""
 
     def __init__(self, root: Path, keep_last: int = 2, keep_best: int = 1, *, fingerprint: str = "") -> None:
         """`fingerprint` hashes what a resumed run shares with the saved one besides its model (data order, seed).
@@ -160,6 +160,23 @@ class CheckpointStore(CheckpointFolder):
         for temporary in self.root.glob(".*.tmp-*"):
             temporary.unlink()
 
+    def prune(self) -> None:
+        """Deletes damaged checkpoints and those that rotation would not keep; nothing where none is whole. Local."""
+        self.sweep()
+        whole = []
+        for path, manifest in self.entries():
+            try:
+                self.verify(path)
+                whole.append((path, manifest))
+            except CheckpointError as error:
+                logger.warning("not counted: %s", error)
+        if not whole:
+            raise CheckpointError(f"no checkpoint in {self.root} is whole; nothing was removed")
+        kept = self._kept(whole)
+        for path in self._folders():
+            if path not in kept:
+                self._delete(path)
+
     def _make_ready(self, facts: EngineFacts) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         if self._last_step is None and self._folders():
@@ -234,16 +251,19 @@ class CheckpointStore(CheckpointFolder):
                 move_folder(folder, hidden)
 
     def _rotate(self, entries: list[Entry]) -> None:
-        """Deletes what is neither the newest, nor among the last healthy or the best ones."""
-        healthy = [path for path, manifest in entries if manifest.healthy]
-        best = [path for path, _ in by_loss(entries)]
-        kept = {entries[0][0], *healthy[: self.keep_last], *best[: self.keep_best]}
+        kept = self._kept(entries)
         dropped = [path for path, _ in entries if path not in kept]
         try:
             for path in [*dropped, *self.root.glob(f"{_SUPERSEDED}*")]:
                 self._delete(path)
         except OSError as error:  # the new checkpoint is safe: a leftover only costs space
             logger.warning("cannot delete an old checkpoint: %s", error)
+
+    def _kept(self, entries: list[Entry]) -> set[Path]:
+        """The newest one, the last healthy ones and the best ones."""
+        healthy = [path for path, manifest in entries if manifest.healthy]
+        best = [path for path, _ in by_loss(entries)]
+        return {entries[0][0], *healthy[: self.keep_last], *best[: self.keep_best]}
 
     def _delete(self, folder: Path) -> None:
         hidden = self.root / f"{_DELETING}{folder.name}"

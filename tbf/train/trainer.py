@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from dataclasses import replace
@@ -19,14 +18,13 @@ from tbf.model.flops import training_flops_per_token
 from tbf.train.callbacks.base import CallbackList, StepMetrics
 from tbf.train.checkpoint import CheckpointStore
 from tbf.train.distributed import sum_over_ranks
-from tbf.train.emergency import write_emergency
 from tbf.train.environment import ProcessInfo
+from tbf.train.guard import Guard
 from tbf.train.order_guard import GradientOrderGuard
+from tbf.train.rollback import roll_back
 from tbf.train.routing import RoutingTotals
 from tbf.train.schedule import learning_rate, loop_count, weight_decay
 from tbf.train.signals import StopRequest
-
-log = logging.getLogger("tbf")
 
 Batch = dict[str, torch.Tensor]
 
@@ -57,7 +55,10 @@ class Trainer:
         self.loader, self.evaluation = loader, evaluation
         self.checkpoints, self.callbacks, self.stop_request = checkpoints, callbacks, stop_request
         self.max_steps = config.train.max_steps
-        self.step = self.tokens = self.bad_steps = self.skipped = 0
+        self.guard = Guard(config.train, engine.optimizer)
+        self.batches: list[Batch] = []
+        """This rank's micro-batches of the current step."""
+        self.step = self.tokens = 0
         self.val_loss: float | None = None
         self.peak_flops = peak_flops
         self._order_guard = GradientOrderGuard(engine.module)
@@ -77,6 +78,10 @@ class Trainer:
             steps = iter(self.loader)
             while self.step < self.max_steps and not self.stop_request.agreed:
                 self.callbacks.on_step(self, self.train_step(steps))
+                if self.guard.exhausted:
+                    steps.close()
+                    roll_back(self)
+                    steps = iter(self.loader)
             status = "done" if self.step >= self.max_steps else "stopped"
         except TrainingHalted:
             status = "halted"
@@ -88,7 +93,7 @@ class Trainer:
     def train_step(self, steps: Any) -> StepMetrics:
         """One optimizer step over this rank's share of the global batch."""
         started = time.perf_counter()
-        batches: list[Batch] = [self._to_device(batch) for batch in next(steps)]
+        batches = self.batches = [self._to_device(batch) for batch in next(steps)]
         data_wait = time.perf_counter() - started
 
         self._set_hyperparameters()
@@ -98,11 +103,12 @@ class Trainer:
         masked = sum_over_ranks(count_masked(batches))
         denominator = masked / (self.world_size * len(batches))  # undoes the engine's mean over ranks and micro-steps
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, tokens, stop
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            if index > 0:
+                self.engine.step()  # ends the micro-step before; the guard comes before the last one's
             output = self.engine(**batch, loss_denominator=denominator, num_loops=loops)
             self.engine.backward(nan_if_not_finite(output.loss))
             self._order_guard.check()
-            self.engine.step()
             totals[0] += output.mlm_loss / (self.world_size * len(batches))
             totals[1] += output.masked_correct
             totals[2] += (batch["segment_ids"] > 0).sum()
@@ -110,13 +116,14 @@ class Trainer:
         totals[3] += self.stop_request.requested
         loss, correct, tokens, stop = sum_over_ranks(totals).tolist()
         routing.reduce()
+        self.guard.before_update(loss)
+        self.engine.step()
 
         applied = self.engine.was_step_applied()
-        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         self.step += 1
         self.tokens += int(tokens)
         self.stop_request.agree(stop)
-        self._guard(applied, loss, grad_norm, batches)
+        grad_norm = self.guard.after_update(self.step, loss, applied)
         if applied:
             routing.update_biases(self.engine.module)
         metrics = self._metrics(
@@ -146,14 +153,13 @@ class Trainer:
             "step": self.step,
             "cursor": self.loader.cursor,
             "tokens": self.tokens,
-            "skipped": self.skipped,
-            "bad_steps": self.bad_steps,
             "val_loss": self.val_loss,
+            "guard": self.guard.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
-        self.bad_steps, self.val_loss = state["bad_steps"], state["val_loss"]
+        self.step, self.tokens, self.val_loss = state["step"], state["tokens"], state["val_loss"]
+        self.guard.load_state_dict(state["guard"])
         self.loader.cursor = state["cursor"]
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -162,27 +168,9 @@ class Trainer:
     def _set_hyperparameters(self) -> None:
         train = self.config.train
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, train)
+            group["lr"] = self.guard.lr_factor * learning_rate(self.step, train)
             if group["weight_decay"] > 0 or group.get("name") == "decayed":
                 group["weight_decay"] = weight_decay(self.step, train)
-
-    def _guard(self, applied: bool, loss: float, grad_norm: float, batches: list[Batch]) -> None:
-        """Counts the non-finite steps, which DeepSpeed skips on every rank without a word; halts on a row of them."""
-        if applied:
-            self.bad_steps = 0
-            return
-        self.skipped += 1
-        self.bad_steps += 1
-        log.warning(
-            "step %d skipped on every rank: loss %s, gradient norm %s (%d in a row, halting at %d)",
-            *(self.step, loss, grad_norm, self.bad_steps, self.config.train.max_bad_steps),
-        )
-        if self.bad_steps >= self.config.train.max_bad_steps:
-            folder = write_emergency(self, batches, loss, grad_norm)
-            raise TrainingHalted(
-                f"{self.bad_steps} non-finite steps in a row up to step {self.step} (loss {loss}); state, batch and "
-                f"diagnosis are in {folder}. Lower train.learning_rate and resume, or look at the batch"
-            )
 
     def _metrics(
         self, loss: float, accuracy: float, grad_norm: float, tokens: float, seconds: float, data_wait: float
@@ -195,14 +183,14 @@ class Trainer:
             tokens=self.tokens,
             loss=loss,
             masked_accuracy=accuracy,
-            lr=learning_rate(self.step - 1, self.config.train),
+            lr=self.guard.lr_factor * learning_rate(self.step - 1, self.config.train),
             grad_norm=grad_norm,
             tokens_per_s=rate,
             mfu=rate * self._flops_per_token / peak,
             device_mem_gb=torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else 0.0,
             host_mem_gb=self._process.memory_info().rss / 1e9,
             data_wait=data_wait / seconds,
-            skipped=self.skipped,
+            skipped=self.guard.skipped,
             eta_s=(self.max_steps - self.step) * self._smoothed(seconds),
         )
 

@@ -76,7 +76,9 @@ def _wait(processes: list[BaseProcess], folder: Path, deadline: float) -> None:
         time.sleep(0.05)
     errors = sorted(folder.glob("error*"), key=lambda path: path.stat().st_mtime_ns)
     if errors:
-        raise RuntimeError(f"{errors[0].name.replace('error', 'rank ')} failed first:\n{errors[0].read_text()}")
+        codes = [process.exitcode for process in processes]
+        texts = "\n".join(f"{path.name.replace('error', 'rank ')}:\n{path.read_text()}" for path in errors)
+        raise RuntimeError(f"ranks failed, the first one first (exit codes {codes}):\n{texts}")
     dead = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
     if dead:
         raise RuntimeError(f"ranks died without a Python error, exit codes {dead} (negative: killed by that signal)")

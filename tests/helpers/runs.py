@@ -86,3 +86,26 @@ def metrics(run_dir: Path, *columns: str) -> list[tuple[str, ...]]:
     with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as handle:
         rows = [row for row in csv.DictReader(handle) if row.get("superseded") != "1"]
     return [tuple(row[column] for column in columns) for row in rows]
+
+
+def train_here(rank: int, world_size: int, preset: Path, run_dir: Path, *overrides: str, ds_config: Path = DS_ZERO2):
+    """A whole run inside this process, on the process group of `run_distributed`; returns the exit code."""
+    import argparse
+
+    import torch
+
+    from tbf.train import run as program
+    from tbf.train.build_ops import prepare_ops
+    from tbf.train.ds_config import load_ds_config
+    from tbf.train.environment import ProcessInfo
+    from tests.helpers.gloo import deepspeed_on_gloo
+
+    deepspeed_on_gloo()
+    arguments = argparse.Namespace(
+        preset=str(preset), overrides=list(overrides), ds_config=str(ds_config), data=None, tokenizer=None,
+        run_dir=str(run_dir), max_steps=None, resume="auto", dry_run=False,
+    )  # fmt: skip
+    engine, run = load_ds_config(ds_config, program._run_config(arguments), world_size)
+    assert prepare_ops(engine.needs_cpu_adam, lambda text: None)
+    process = ProcessInfo(rank, rank, world_size, world_size, "test")
+    return program._train(arguments, process, run, engine, torch.device("cpu"), lambda text: None)

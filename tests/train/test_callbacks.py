@@ -6,6 +6,7 @@ import io
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,7 +52,8 @@ class FakeStore:
     def prepare(self, engine, rank):
         self.prepared += 1
 
-    def save(self, engine, step, state, rank, world_size, val_loss=None):
+    def save(self, engine, step, state, rank, world_size, val_loss=None, *, healthy):
+        assert healthy
         self.saved.append((step, val_loss))
         return Path(f"checkpoints/step-{step:08d}")
 
@@ -63,7 +65,7 @@ class FakeTrainer:
         self.run_dir, self.step, self.max_steps = run_dir, step, max_steps
         self.config = RunConfig().replace(train=train)
         self.engine, self.rank, self.world_size, self.is_main = object(), 0, 1, True
-        self.checkpoints = FakeStore()
+        self.checkpoints, self.guard = FakeStore(), SimpleNamespace(healthy=True)
         self.callbacks = callbacks if isinstance(callbacks, CallbackList) else CallbackList(callbacks)
         self.evaluated = []
 
@@ -134,7 +136,7 @@ def test_errors_of_the_others_end_training(tmp_path):
 def test_a_save_that_fails_at_the_end_makes_the_run_failed(tmp_path):
     calls = []
     trainer = FakeTrainer(tmp_path, [Recorder("m", calls, monitor=True), Checkpointing(10)])
-    trainer.checkpoints.save = lambda *args: (_ for _ in ()).throw(CheckpointError("disk full"))
+    trainer.checkpoints.save = lambda *args, **more: (_ for _ in ()).throw(CheckpointError("disk full"))
     with pytest.raises(CheckpointError, match="disk full"):
         trainer.run(3)
     assert calls[-1] == ("m", "end", "failed")

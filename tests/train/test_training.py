@@ -143,8 +143,11 @@ def test_non_finite_steps_are_skipped_then_halt_with_a_dump(cache):
     preset = write_preset(cache, learning_rate=1e30, warmup_steps=0, gradient_clipping=1e30)
     run_dir = cache / "diverged"
     done = train("--preset", preset, "--run-dir", run_dir, cache=cache, expect=6)
-    assert "skipped on every rank" in done.stderr + done.stdout and "non-finite steps in a row" in done.stderr
+    assert "skipped on every rank" in done.stderr + done.stdout and "no healthy checkpoint" in done.stderr
     assert json.loads((run_dir / "run_status.json").read_text())["state"] == "halted"
     (dump,) = (run_dir / "emergency").iterdir()
     assert list(dump.glob("checkpoints/step-*/manifest.json"))
-    assert (dump / "batch_rank0.safetensors").exists() and (dump / "diagnosis.json").exists()
+    assert (dump / "batch_rank0.safetensors").exists()
+    diagnosis = json.loads((dump / "diagnosis.json").read_text())
+    (found,) = diagnosis["ranks"]
+    assert diagnosis["skipped_steps"] == [2, 3, 4] and not found["first_bad_module"]["output"]["finite"]

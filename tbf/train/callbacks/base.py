@@ -80,6 +80,9 @@ class Callback:
     def on_checkpoint(self, trainer: Any, path: Path, step: int) -> None:
         """After a checkpoint is complete on the disk."""
 
+    def on_rollback(self, trainer: Any) -> None:
+        """After the run went back: `trainer` stands at the restored step, whose successors will be taken again."""
+
     def on_end(self, trainer: Any, status: str) -> None:
         """At the end: "done", "stopped" (asked to), "halted" (by the guard) or "failed"."""
 
@@ -109,6 +112,9 @@ class CallbackList(Callback):
 
     def on_checkpoint(self, trainer: Any, path: Path, step: int) -> None:
         self._each(lambda callback: callback.on_checkpoint(trainer, path, step))
+
+    def on_rollback(self, trainer: Any) -> None:
+        self._each(lambda callback: callback.on_rollback(trainer))
 
     def on_end(self, trainer: Any, status: str) -> None:
         """Every callback is told; after an error, as "failed". Raises the first error of a run that ended well."""

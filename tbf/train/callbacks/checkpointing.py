@@ -39,6 +39,9 @@ class Checkpointing(Callback):
     def on_eval(self, trainer: Any, step: int, metrics: dict[str, float]) -> None:
         self._evaluated = (step, metrics["val_loss"])
 
+    def on_rollback(self, trainer: Any) -> None:
+        self._at = trainer.step
+
     def on_end(self, trainer: Any, status: str) -> None:
         if status in ("done", "stopped") and trainer.step > self._at:
             self._save(trainer)
@@ -52,6 +55,7 @@ class Checkpointing(Callback):
             trainer.rank,
             trainer.world_size,
             val_loss if step == trainer.step else None,
+            healthy=trainer.guard.healthy,
         )
         self._at = trainer.step
         trainer.callbacks.on_checkpoint(trainer, path, trainer.step)

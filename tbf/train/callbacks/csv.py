@@ -57,6 +57,9 @@ class CsvMetrics(Callback):
             write_atomic(self.path, content)
         self._columns, self._last, self._last_start = columns, {}, len(content)
 
+    def on_rollback(self, trainer: Any) -> None:
+        self.on_start(trainer)
+
     def on_step(self, trainer: Any, metrics: StepMetrics) -> None:
         due = metrics.step % self.log_every == 0 or metrics.step in (1, trainer.max_steps)
         if due or metrics.skipped > self._skipped or self._last.get("step") == metrics.step:

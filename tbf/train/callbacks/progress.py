@@ -46,6 +46,10 @@ class Progress(Callback):
     def on_checkpoint(self, trainer: Any, path: Path, step: int) -> None:
         self._say(f"step {step}  saved {path}")
 
+    def on_rollback(self, trainer: Any) -> None:
+        if self._bar is not None:
+            self._bar.n = trainer.step
+
     def on_end(self, trainer: Any, status: str) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -25,6 +25,10 @@ class TensorBoard(Callback):
 
         self._writer = SummaryWriter(str(self.folder), purge_step=trainer.step + 1 if trainer.step else None)
 
+    def on_rollback(self, trainer: Any) -> None:
+        self._writer.close()
+        self.on_start(trainer)
+
     def on_step(self, trainer: Any, metrics: StepMetrics) -> None:
         if metrics.step % self.log_every == 0 or metrics.step in (1, trainer.max_steps):
             for name, value in dataclasses.asdict(metrics).items():
