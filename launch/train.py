@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
 
 from tbf.errors import run_program
+from tbf.train.signals import duration
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,6 +42,12 @@ def parse_arguments() -> argparse.Namespace:
         help="run folder (default: runs/<preset>-<n>, an unfinished one of these settings first)",
     )
     add("--max-steps", type=int, metavar="N", help="optimizer steps of the whole run")
+    add(
+        "--max-time",
+        type=duration,
+        metavar="3h30m",
+        help="save and stop after this time (exit 0); leave a step and a save before a queue's limit",
+    )
     add("--resume", default="auto", metavar="auto|never|PATH", help="auto: continue the run folder's newest checkpoint")
     add(
         "--set",

@@ -116,7 +116,7 @@ def _train(
         ),
         checkpoints=store,
         callbacks=default_callbacks(run, run_dir, is_main=process.rank == 0),
-        stop_request=StopRequest(run_dir),
+        stop_request=StopRequest(run_dir, arguments.max_time),
         peak_flops=peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
     )
     if resumed is not None:

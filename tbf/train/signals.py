@@ -1,12 +1,15 @@
-"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, or a file named STOP in the run folder.
+"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, a file named STOP in the run folder, a time limit, a dead launcher.
 
 A handler only takes a note; the trainer asks after each step, agrees with the other ranks, saves and leaves.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
+import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -15,6 +18,10 @@ import weakref
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import psutil
+
+from tbf.train.launcher_watch import LauncherWatch
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +38,14 @@ class StopRequest:
     A second SIGINT leaves at once, even from inside a collective that never returns.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, max_seconds: float | None = None) -> None:
+        """`max_seconds` counts from the start of this process."""
         self.agreed = False
         """Whether all ranks know; set by `agree`, or by the trainer."""
         self._stop_file = Path(run_dir) / STOP_FILE
+        self._launcher = LauncherWatch()
+        already = time.time() - psutil.Process().create_time()
+        self._deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds - already
         self._next_look = 0.0
         self._exit_code: int | None = None
         self._agreed_code: int | None = None
@@ -48,6 +59,10 @@ class StopRequest:
             self._next_look = time.monotonic() + _LOOK_EVERY_S
             if self._stop_file.exists():
                 self.request(f"found {self._stop_file}", exit_code=0)
+            elif time.monotonic() >= self._deadline:
+                self.request("the time limit (--max-time) is reached", exit_code=0)
+            elif gone := self._launcher.gone():
+                self.request(gone, exit_code=143)
         return 0 if self._exit_code is None else _DIGITS[self._exit_code]
 
     def request(self, reason: str, exit_code: int = 0) -> None:
@@ -116,6 +131,15 @@ class StopRequest:
             elif now - self._interrupted_at > _SAME_PRESS_S:
                 os.write(2, b"\nleaving at once, without a checkpoint\n")
                 os._exit(130)
+
+
+def duration(text: str) -> float:
+    """Seconds in "90", "90s", "15m", "3h30m" or "2d"; a type for argparse. Raises argparse.ArgumentTypeError."""
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    if not text.strip() or match is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is no duration; write seconds, or e.g. 45m, 3h30m, 2d")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 _installed: weakref.WeakSet[StopRequest] = weakref.WeakSet()

@@ -1,5 +1,6 @@
 """Requests to stop: what they set, what they leave alone, and that a second Ctrl-C always works."""
 
+import argparse
 import multiprocessing
 import os
 import signal
@@ -7,9 +8,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
-from tbf.train.signals import StopRequest
+from tbf.train.signals import StopRequest, duration
 
 
 def wait_for(condition, seconds=10.0):
@@ -74,6 +76,62 @@ def test_the_stop_file(tmp_path, monkeypatch):
         assert stop.exists()  # the other ranks look for it too
         request.agree(request.requested)
     assert request.exit_code == 0 and not stop.exists()
+
+
+def test_the_time_limit_counts_from_the_start_of_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("tbf.train.signals._LOOK_EVERY_S", 0.0)
+    assert not StopRequest(tmp_path, max_seconds=1e6).requested
+    late = StopRequest(tmp_path, max_seconds=0.0)
+    assert late.agree(late.requested) and late.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("45m", 2700), ("3h30m", 12600), ("2d", 172800)]
+)
+def test_durations(text, seconds):
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "3 h", "-5", "1.5h", "m"])
+def test_what_is_no_duration(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="no duration"):
+        duration(text)
+
+
+CHAIN = """
+import subprocess, sys, time
+from pathlib import Path
+depth = int(sys.argv[1])
+if depth:
+    marks = {2: ["deepspeed.launcher.launch"], 1: []}[depth]
+    subprocess.run([sys.executable, "-c", sys.argv[2], str(depth - 1), sys.argv[2], sys.argv[3], *marks])
+else:
+    from tbf.train import signals
+    signals._LOOK_EVERY_S = 0.0
+    request = signals.StopRequest(Path(sys.argv[3]))
+    assert not request.requested
+    Path(sys.argv[3], "ready").touch()
+    while not request.agree(request.requested):
+        time.sleep(0.02)
+    Path(sys.argv[3], "stopped").write_text(str(request.exit_code))
+"""
+
+
+@pytest.mark.parametrize("victim", ["deepspeed", "launch.py"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_rank_whose_launcher_is_gone_stops_as_if_terminated(tmp_path, victim, number):
+    """The chain of `deepspeed`: runner, launch.py, rank; named as theirs are."""
+    runner = tmp_path / "deepspeed"
+    runner.write_text(CHAIN)
+    process = subprocess.Popen([sys.executable, runner, "2", CHAIN, str(tmp_path)])
+    wait_for((tmp_path / "ready").exists, 60)
+    (launch,) = psutil.Process(process.pid).children()
+    (rank,) = launch.children()
+    (process if victim == "deepspeed" else launch).send_signal(number)
+    wait_for((tmp_path / "stopped").exists, 60)
+    assert (tmp_path / "stopped").read_text() == "143"
+    rank.wait(10)
+    process.wait(10)
 
 
 def test_a_worker_can_be_terminated_without_stopping_the_trainer(tmp_path):
