@@ -38,7 +38,7 @@ def train(mode: str, seed: int, arguments: argparse.Namespace) -> Path:
         "train.seed": seed,
         "train.micro_batch_size": arguments.rows,
         "train.warmup_steps": arguments.steps // 10,
-        "train.eval_every": max(1, arguments.steps // 10),
+        "train.eval_every": max(1, arguments.steps // 4),
         "train.eval_rows": arguments.eval_rows,
         "train.save_every": max(1, arguments.steps // 5),
         "train.export_at_end": "false",
