@@ -199,9 +199,9 @@ def compare_memory(name: str) -> dict[str, float]:
     peaks = {}
     for variant in (FAKE, "fp32", "int8_hilo"):
         command = [sys.executable, __file__, "--step-memory", name, variant]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env={**os.environ, "TBF_MALLOC": "0"}
-        )
+        own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        env = {key: value for key, value in os.environ.items() if key not in own}  # the child is a job of its own
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**env, "TBF_MALLOC": "0"})
         peaks[variant] = int(done.stdout.split()[-1]) / 1e9
     print(f"\n{name}: what a step adds to the peak memory, nothing recomputed")
     for variant, gigabytes in peaks.items():

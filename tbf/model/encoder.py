@@ -5,10 +5,13 @@ Shapes: `B` batch, `T` tokens, `D` hidden, `M` masked slots per row, `V` vocabul
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from tbf.errors import ConfigError, nearest
@@ -69,7 +72,7 @@ class TormentedBertFrankenstein(nn.Module):
         self.layers = nn.ModuleList(HybridLayer(config, name, window) for name, window in config.layer_types)
         self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = MaskedLMHead(config)
-        self.checkpointing = "none"
+        self.checkpointing, self.checkpoints_on_host = "none", False
         init_weights(self, config)
 
     def forward(
@@ -117,15 +120,19 @@ class TormentedBertFrankenstein(nn.Module):
         """hidden [..., D], rows of `last_hidden_state` -> logits [..., V] over the real vocabulary."""
         return self.head(hidden, self.embeddings.table)
 
-    def set_activation_checkpointing(self, mode: str) -> None:
+    def set_activation_checkpointing(self, mode: str, *, on_host: bool = False) -> None:
         """Trades compute for memory: `none`, `layer` (keep the input of each layer visit) or `loop` (keep the input of
         each loop and, while going backward through one, of its layers: least memory, one more forward).
 
-        Raises ConfigError for another mode.
+        on_host: what is kept from forward to backward waits in host RAM, pinned if it comes from a card.
+
+        Raises ConfigError for another mode, and for `on_host` when nothing is recomputed.
         """
         if mode not in CHECKPOINT_MODES:
             raise ConfigError(f"activation checkpointing is '{mode}'; {nearest(mode, CHECKPOINT_MODES)}")
-        self.checkpointing = mode
+        if on_host and mode == "none":
+            raise ConfigError("activations wait in host RAM only where they are recomputed; choose layer or loop")
+        self.checkpointing, self.checkpoints_on_host = mode, on_host
         for module in self.modules():
             if isinstance(module, OdeAttention):  # a single step is what the layer's checkpoint recomputes anyway
                 module.checkpoint_steps = mode != "none" and module.steps > 1
@@ -141,28 +148,36 @@ class TormentedBertFrankenstein(nn.Module):
         x0 = self.embeddings(input_ids, segments)
         x, visits = None, []
         for loop in range(num_loops):
-            outer = self.checkpointing == "loop"
-            x, stats = self._recomputed(self._run_loop, x, x0, info, loop, active=outer)
+            run = partial(self._run_loop, x0)  # bound, not passed: every loop would keep a copy of it on the host
+            x, stats = self._recomputed(run, x, info, loop, active=self.checkpointing == "loop", outermost=True)
             visits.append(stats)
         return self.final_norm(x), _merge(visits)
 
-    def _run_loop(self, x: Tensor | None, x0: Tensor, info: SegmentInfo, loop: int) -> tuple[Tensor, list[RouterStats]]:
+    def _run_loop(self, x0: Tensor, x: Tensor | None, info: SegmentInfo, loop: int) -> tuple[Tensor, list[RouterStats]]:
         """One pass over the layers: [B, T, D] -> ([B, T, D], router statistics of each layer)."""
-        x, stats = self.loop_start(x, x0, loop), []
+        active, outermost, stats = self.checkpointing != "none", self.checkpointing == "layer", []
         for layer in self.layers:
-            x, layer_stats = self._recomputed(layer, x, info, loop, active=self.checkpointing != "none")
+            visit = layer if stats else partial(self._first_visit, x0)
+            x, layer_stats = self._recomputed(visit, x, info, loop, active=active, outermost=outermost)
             stats.append(layer_stats)
         return x, stats
 
-    def _recomputed(self, function: Any, *args: Any, active: bool) -> Any:
+    def _first_visit(self, x0: Tensor, x: Tensor | None, info: SegmentInfo, loop: int) -> tuple[Tensor, RouterStats]:
+        """The loop's start and first layer, recomputed as one: apart, a loop would keep one more state."""
+        return self.layers[0](self.loop_start(x, x0, loop), info, loop)
+
+    def _recomputed(self, function: Any, *args: Any, active: bool, outermost: bool) -> Any:
         """Calls `function`, recomputing its activations in backward if `active`.
 
         Non-reentrant always: the reentrant kind fires a shared weight's gradient hook once per loop, which breaks
-        DeepSpeed's reduction.
+        DeepSpeed's reduction. Only what the outermost region keeps goes to the host: inputs of regions inside one are
+        dropped by it, which a copy to the host would undo.
         """
         if not (active and torch.is_grad_enabled()):
             return function(*args)
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+        on_host = self.checkpoints_on_host and outermost
+        with save_on_cpu(pin_memory=torch.cuda.is_available()) if on_host else nullcontext():
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
 
 
 class TormentedBertMini(TormentedBertFrankenstein):

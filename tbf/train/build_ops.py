@@ -22,10 +22,10 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from tbf.errors import run_program
+from tbf.errors import HardwareError, run_program
 from tbf.system import cache_root, processor
 
-CPU_ADAM, SHARED_MEMORY_COMM = "CPUAdamBuilder", "ShareMemCommBuilder"
+CPU_ADAM, SHARED_MEMORY_COMM, ASYNC_IO = "CPUAdamBuilder", "ShareMemCommBuilder", "AsyncIOBuilder"
 
 
 def extensions_dir() -> Path:
@@ -54,6 +54,20 @@ def prepare_ops(needs_cpu_adam: bool, say=print) -> bool:
         if os.environ.get("DS_ACCELERATOR") == "cpu" and not _build(SHARED_MEMORY_COMM, compiler, say):
             _disable_shared_memory_comm()
     return adam
+
+
+def require_async_io() -> None:
+    """Raises HardwareError when DeepSpeed's NVMe operator can't be built here."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(ASYNC_IO)
+    with contextlib.redirect_stdout(io.StringIO()):
+        usable = builder is not None and builder.is_compatible(verbose=False)
+    if not usable:
+        raise HardwareError(
+            "offload to NVMe needs libaio with its headers, which this machine lacks; install libaio-dev "
+            "(libaio-devel), or offload to host RAM (p40_zero3.json)"
+        )
 
 
 def _build(builder_name: str, compiler: str | None, say) -> bool:

@@ -13,19 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tbf.config import RunConfig
-from tbf.errors import ConfigError, nearest
+from tbf.errors import ConfigError
+from tbf.train.ds_keys import check_checkpointing_keys, check_keys
 
 GRANULARITIES = ("none", "layer", "loop")
 
-_CHECKPOINTING_KEYS = {
-    "granularity",
-    "cpu_checkpointing",
-    "partition_activations",
-    "contiguous_memory_optimization",
-    "number_checkpoints",
-    "synchronize_checkpoint_boundary",
-    "profile",
-}
 _HALF_PRECISION = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")
 
 
@@ -34,7 +26,8 @@ class ActivationCheckpointing:
     """What the ds_config's `activation_checkpointing` block asks for."""
 
     granularity: str = "none"
-    cpu_offload: bool = False
+    on_host: bool = False
+    """Whether kept activations wait in host RAM."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +55,7 @@ def load_ds_config(
     """
     raw, where = _read(Path(path)), str(path)
     _refuse_half_precision(raw, where)
+    check_keys({key: value for key, value in raw.items() if key not in _HALF_PRECISION}, where)
     run = _with_explicit_values(raw, run, where, explicit)
     train = run.train
     config = {
@@ -69,7 +63,7 @@ def load_ds_config(
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "gradient_clipping": train.gradient_clipping,
-        "optimizer": _optimizer(raw.get("optimizer", {}), run),
+        "optimizer": _optimizer(raw, run),
     }
     total = train.micro_batch_size * train.gradient_accumulation_steps * world_size
     if raw.get("train_batch_size", "auto") not in ("auto", total):
@@ -78,17 +72,14 @@ def load_ds_config(
             f'accumulation {train.gradient_accumulation_steps} x {world_size} ranks = {total}; make it "auto"'
         )
     config["train_batch_size"] = total
-    if "scheduler" in raw:
-        raise ConfigError(f"{where}: remove 'scheduler'; the preset's train section owns the learning-rate schedule")
     zero = raw.get("zero_optimization", {})
     if zero.get("stage", 0) not in (1, 2, 3):
         raise ConfigError(
             f"{where}: zero_optimization.stage is {zero.get('stage', 0)!r}; use 1, 2 or 3 (stage 0 applies non-finite "
             "updates in FP32)"
         )
-    offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     config["activation_checkpointing"], checkpointing = _checkpointing(raw.get("activation_checkpointing"), where)
-    return EngineConfig(_without_auto(config, where), zero["stage"], offload, checkpointing), run
+    return EngineConfig(_without_auto(config, where), zero["stage"], _offloads_optimizer(raw), checkpointing), run
 
 
 def _with_explicit_values(raw: dict[str, Any], run: RunConfig, where: str, explicit: Collection[str]) -> RunConfig:
@@ -148,16 +139,23 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _optimizer(block: dict[str, Any], run: RunConfig) -> dict[str, Any]:
-    train = run.train
+def _optimizer(raw: dict[str, Any], run: RunConfig) -> dict[str, Any]:
+    """AdamW with the run's numbers; on the card torch's, since DeepSpeed's would have to be compiled by nvcc."""
+    train, params = run.train, raw.get("optimizer", {}).get("params", {})
     resolved = {
-        **block.get("params", {}),
+        **params,
         "lr": train.learning_rate,
         "betas": [train.beta1, train.beta2],
         "eps": train.adam_eps,
         "weight_decay": train.weight_decay,
     }
+    if not _offloads_optimizer(raw):
+        resolved.setdefault("torch_adam", True)
     return {"type": "AdamW", "params": resolved}
+
+
+def _offloads_optimizer(raw: dict[str, Any]) -> bool:
+    return (raw.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def _refuse_half_precision(raw: dict[str, Any], where: str) -> None:
@@ -175,23 +173,13 @@ def _checkpointing(block: dict[str, Any] | None, where: str) -> tuple[dict[str, 
     """
     if block is None:
         return {}, ActivationCheckpointing()
-    for key in block:
-        if key not in _CHECKPOINTING_KEYS:
-            raise ConfigError(
-                f"{where}: unknown key 'activation_checkpointing.{key}'; {nearest(key, _CHECKPOINTING_KEYS)}"
-            )
-    for key in ("partition_activations", "contiguous_memory_optimization"):
-        if block.get(key):
-            raise ConfigError(
-                f"{where}: activation_checkpointing.{key} needs model parallelism, which tbf has not; remove it"
-            )
+    check_checkpointing_keys(block, where)
     granularity = block.get("granularity", "layer")
     if granularity not in GRANULARITIES:
         raise ConfigError(
             f"{where}: activation_checkpointing.granularity is {granularity!r}; choose {', '.join(GRANULARITIES)}"
         )
-    ours = {key: value for key, value in block.items() if key != "granularity"}
-    return ours, ActivationCheckpointing(granularity, bool(block.get("cpu_checkpointing", False)))
+    return block, ActivationCheckpointing(granularity, block.get("cpu_checkpointing", False))
 
 
 def _without_auto(config: dict[str, Any], where: str, path: str = "") -> dict[str, Any]:

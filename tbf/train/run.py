@@ -25,10 +25,11 @@ from tbf.model.bitlinear import set_ternary_plan, ternary_shapes
 from tbf.model.encoder import TormentedBertFrankenstein
 from tbf.ops.ternary_probe import choose_plan
 from tbf.train import distributed
-from tbf.train.build_ops import prepare_ops
+from tbf.train.build_ops import prepare_ops, require_async_io
 from tbf.train.callbacks import default_callbacks
 from tbf.train.checkpoint import CheckpointStore
 from tbf.train.ds_config import EngineConfig, load_ds_config
+from tbf.train.ds_keys import check_nvme, nvme_folders
 from tbf.train.environment import ProcessInfo
 from tbf.train.finish import export_run_folder, print_summary
 from tbf.train.optim import parameter_groups
@@ -136,7 +137,11 @@ def build_engine(run: RunConfig, engine_config: EngineConfig, device: torch.devi
     """Builds the seeded model, equal on every rank, chooses its ternary kernels and gives it to DeepSpeed."""
     torch.manual_seed(run.train.seed)
     model = TormentedBertFrankenstein(run.model)
-    model.set_activation_checkpointing(engine_config.checkpointing.granularity)
+    checkpointing = engine_config.checkpointing
+    model.set_activation_checkpointing(checkpointing.granularity, on_host=checkpointing.on_host)
+    if nvme_folders(engine_config.config):
+        check_nvme(engine_config.config, model.num_parameters())
+        require_async_io()
     if run.model.use_bitnet:
         set_ternary_plan(model, choose_plan(device, ternary_shapes(model), say=say))
     engine, *_ = deepspeed.initialize(

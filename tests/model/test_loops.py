@@ -124,3 +124,31 @@ def test_wrong_loop_count_and_mode_are_refused(tiny, token_ids):
         model(token_ids(1, 4), num_loops=0)
     with pytest.raises(ConfigError, match="did you mean 'layer'"):
         model.set_activation_checkpointing("layers")
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("layer", 11), ("loop", 1)])
+def test_what_waits_for_backward_goes_to_the_host_once(all_mixers, lively, token_ids, monkeypatch, mode, kept):
+    """A state per layer visit or per loop, but for the first, which the embeddings make; gradients don't change."""
+    model, inputs = lively(all_mixers.replace(ode_steps=2)), batch(token_ids)
+    model.set_activation_checkpointing(mode)
+    expected = gradients(model, inputs)
+    moved = []
+
+    class Host(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory):
+            assert pin_memory is False  # no card here
+            super().__init__(lambda x: moved.append(x.shape) or x.clone(), lambda x: x.clone())
+
+    monkeypatch.setattr("tbf.model.encoder.save_on_cpu", Host)
+    model.set_activation_checkpointing(mode, on_host=True)
+    loss, grads = gradients(model, inputs)
+    assert torch.equal(loss, expected[0])
+    assert all(torch.equal(gradient, expected[1][name]) for name, gradient in grads.items())
+    states = [shape for shape in moved if shape == (2, 14, model.config.hidden_size)]
+    assert len(states) == kept
+
+
+def test_nothing_kept_is_nothing_to_move(tiny):
+    model = TormentedBertFrankenstein(tiny(layer_pattern=["standard_attn"]))
+    with pytest.raises(ConfigError, match="choose layer or loop"):
+        model.set_activation_checkpointing("none", on_host=True)

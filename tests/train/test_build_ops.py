@@ -3,9 +3,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from tbf.errors import HardwareError
 from tbf.train import build_ops
 
 
@@ -84,3 +86,20 @@ def test_the_cache_is_keyed_by_environment(monkeypatch):
     first = build_ops.extensions_dir()
     monkeypatch.setattr(build_ops.sys, "prefix", "/elsewhere")
     assert build_ops.extensions_dir() != first
+
+
+def use(monkeypatch, builder):
+    accelerator = SimpleNamespace(create_op_builder=lambda name: builder)
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
+
+
+@pytest.mark.parametrize("builder", [None, SimpleNamespace(is_compatible=lambda verbose: False)])
+def test_nvme_offload_without_libaio_is_refused(monkeypatch, builder):
+    use(monkeypatch, builder)
+    with pytest.raises(HardwareError, match="install libaio-dev"):
+        build_ops.require_async_io()
+
+
+def test_nvme_offload_with_libaio_passes(monkeypatch):
+    use(monkeypatch, SimpleNamespace(is_compatible=lambda verbose: True))
+    build_ops.require_async_io()

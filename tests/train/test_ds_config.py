@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from tbf.config import load_run_config
-from tbf.errors import ConfigError
-from tbf.train.ds_config import load_ds_config
+from tbf.errors import ConfigError, HardwareError
+from tbf.train import ds_keys
+from tbf.train.ds_config import ActivationCheckpointing, load_ds_config
 
 BASE = {"zero_optimization": {"stage": 2}}
 
@@ -62,7 +64,7 @@ def test_two_explicit_values_that_differ_are_refused(resolve):
         ({"zero_optimization": {"stage": 4}}, "use 1, 2 or 3"),
         ({**BASE, "fp16": {"enabled": True}}, "'fp16' is on"),
         ({**BASE, "bf16": {"enabled": True}}, "'bf16' is on"),
-        ({**BASE, "scheduler": {"type": "WarmupLR"}}, "remove 'scheduler'"),
+        ({**BASE, "scheduler": {"type": "WarmupLR"}}, "learning-rate schedule; remove it"),
         ({**BASE, "optimizer": {"type": "Lamb"}}, "tbf trains with AdamW"),
         ({**BASE, "optimizer": {"params": {"max_grad_norm": 1}}}, "gradient_clipping"),
         ({**BASE, "optimizer": {"params": {"betas": 0.9}}}, "two numbers"),
@@ -75,6 +77,16 @@ def test_two_explicit_values_that_differ_are_refused(resolve):
         ({**BASE, "activation_checkpointing": {"granularity": "leyer"}}, "choose none, layer, loop"),
         ({**BASE, "activation_checkpointing": {"granulariti": "layer"}}, "did you mean 'granularity'"),
         ({**BASE, "activation_checkpointing": {"partition_activations": True}}, "needs model parallelism"),
+        ({**BASE, "activation_checkpointing": {"number_checkpoints": 4}}, "write granularity"),
+        ({**BASE, "activation_checkpointing": {"cpu_checkpointing": "yes"}}, "write true or false"),
+        ({**BASE, "train_microbatch_size_per_gpu": 2}, "did you mean 'train_micro_batch_size_per_gpu'"),
+        ({"zero_optimization": {"stage": 2, "reduce_buckets": 5}}, "did you mean 'reduce_bucket_size'"),
+        ({"zero_optimization": {"stage": 2, "stage3_prefetch_bucket_size": 5}}, "does nothing at stage 2"),
+        ({"zero_optimization": {"stage": 3, "round_robin_gradients": True}}, "does nothing at stage 3"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "16-bit values"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, "choose none, cpu or nvme"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "needs ZeRO stage 3, not 2"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "without nvme_path"),
     ],
 )
 def test_wrong_configs_are_one_line_errors(resolve, content, words):
@@ -89,11 +101,34 @@ def test_a_missing_file_lists_the_shipped_ones(tmp_path, repo_root, monkeypatch)
         load_ds_config(tmp_path / "none.json", load_run_config("mini"), 1)
 
 
-def test_checkpointing_is_off_without_its_block_and_deepspeed_never_sees_the_granularity(resolve):
-    assert resolve(BASE)[0].checkpointing.granularity == "none"
-    engine, _ = resolve({**BASE, "activation_checkpointing": {"granularity": "loop", "cpu_checkpointing": False}})
-    assert engine.checkpointing.granularity == "loop"
-    assert "granularity" not in engine.config["activation_checkpointing"]
+def test_checkpointing_is_off_without_its_block(resolve):
+    assert resolve(BASE)[0].checkpointing == ActivationCheckpointing("none", on_host=False)
+    block = {"granularity": "loop", "cpu_checkpointing": True, "number_checkpoints": None}
+    engine, _ = resolve({**BASE, "activation_checkpointing": block})
+    assert engine.checkpointing == ActivationCheckpointing("loop", on_host=True)
+    assert engine.config["activation_checkpointing"] == block  # DeepSpeed looks at its own keys only
+
+
+def test_the_keys_we_know_are_deepspeeds():
+    """Fails when a DeepSpeed release drops or adds a key of ZeRO."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    fields -= {"stage3_gather_fp16_weights_on_model_save"}  # an old name of another key
+    assert fields == ds_keys.ZERO | ds_keys.ZERO_BELOW_3 | ds_keys.ZERO_3 | set(ds_keys.ZERO_REFUSED)
+
+
+def test_no_room_for_nvme_offload_is_said_before_training(tmp_path):
+    offload = {"device": "nvme", "nvme_path": str(tmp_path)}
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": offload, "offload_param": offload}}
+    ds_keys.check_nvme(config, 1000)
+    assert ds_keys.nvme_folders(config) == [tmp_path]
+    with pytest.raises(HardwareError, match=r"GB free, but 1,000,000,000,000,000 parameters need"):
+        ds_keys.check_nvme(config, 10**15)
+    offload["nvme_path"] = str(tmp_path / "nowhere")
+    with pytest.raises(HardwareError, match="no folder that can be written"):
+        ds_keys.check_nvme(config, 1000)
 
 
 def test_offload_with_torch_adam_needs_no_compiled_operator(resolve):

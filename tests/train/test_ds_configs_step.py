@@ -1,0 +1,110 @@
+"""Every shipped ds_config, and every ZeRO stage with and without offload, through the real engine."""
+
+from __future__ import annotations
+
+import ctypes.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tbf.config import load_run_config
+from tests.helpers.gloo import deepspeed_on_gloo, run_distributed
+from tests.helpers.runs import TINY
+
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+SHIPPED = sorted(path.name for path in FOLDER.glob("*.json"))
+ON_HOST = {"device": "cpu"}
+ZERO = [
+    {"stage": stage, **({"offload_optimizer": ON_HOST} if offload else {})} for stage in (1, 2, 3) for offload in (0, 1)
+] + [{"stage": 3, "offload_optimizer": ON_HOST, "offload_param": ON_HOST}]
+ROWS, TOKENS, VOCABULARY = 4, 24, 64
+
+
+def losses(rank: int, world_size: int, ds_configs: list[str], changes: list[str], steps: int) -> list[list[float]]:
+    """The losses of the same steps under each config; every rank sees its share of the same rows."""
+    deepspeed_on_gloo()
+    from tbf.model.bitlinear import invalidate_ternary
+    from tbf.train.ds_config import load_ds_config
+    from tbf.train.run import build_engine
+
+    results = []
+    for path in ds_configs:
+        run = load_run_config("mini", [*changes, *(f"model.{k}={v}" for k, v in TINY["model"].items())])
+        config, run = load_ds_config(path, run, world_size)
+        config.config["optimizer"]["params"]["torch_adam"] = True  # nothing to compile
+        engine = build_engine(run, config, torch.device("cpu"), lambda text: None)
+        engine.train()
+        accumulation, rows = run.train.gradient_accumulation_steps, run.train.micro_batch_size
+        losses_of_run = []
+        for step in range(steps):
+            total = 0.0
+            for micro in range(accumulation):
+                first = (micro * world_size + rank) * rows
+                output = engine(**_rows(step, first, rows))
+                engine.backward(output.loss)
+                engine.step()
+                total += output.loss.item() / accumulation
+            mean = torch.tensor(total) / world_size
+            torch.distributed.all_reduce(mean)
+            losses_of_run.append(mean.item())
+        results.append(losses_of_run)
+        engine.destroy()
+        invalidate_ternary()
+    return results
+
+
+def _rows(step: int, first: int, count: int) -> dict[str, Any]:
+    """`count` rows of this step's eight, from row `first`."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(5, VOCABULARY, (8, TOKENS), generator=generator)[first : first + count]
+    places = torch.arange(0, TOKENS, 3).expand(count, -1)
+    return {"input_ids": ids, "masked_positions": places, "masked_labels": ids.gather(1, places)}
+
+
+def _write(folder: Path, zero: dict[str, Any], **keys: Any) -> str:
+    path = folder / f"{len(list(folder.iterdir()))}.json"
+    path.write_text(json.dumps({"zero_optimization": zero, **keys}))
+    return str(path)
+
+
+def _settings(rows: int = ROWS, accumulation: int = 1, ternary: bool = False) -> list[str]:
+    return [
+        f"model.use_bitnet={str(ternary).lower()}",
+        f"model.vocab_size={VOCABULARY}",
+        f"train.micro_batch_size={rows}",
+        f"train.gradient_accumulation_steps={accumulation}",
+        "train.learning_rate=0.003",
+    ]
+
+
+def test_every_shipped_config_steps(tmp_path):
+    names, paths = [], []
+    for name in SHIPPED:
+        config = json.loads((FOLDER / name).read_text())
+        if "nvme" in name:
+            if ctypes.util.find_library("aio") is None:
+                continue  # tests/train/test_build_ops.py has the refusal
+            for block in ("offload_optimizer", "offload_param"):
+                config["zero_optimization"][block]["nvme_path"] = str(tmp_path)
+        names.append(name)
+        paths.append(_write(tmp_path, config.pop("zero_optimization"), **config))
+    [results] = run_distributed(losses, 1, paths, _settings(ternary=True), 3)
+    assert len(results) >= 5
+    for name, found in zip(names, results):
+        assert found == pytest.approx(results[0], rel=1e-5), name
+        assert all(0 < loss < 10 for loss in found), name
+
+
+@pytest.mark.slow
+def test_stages_offload_ranks_and_accumulation_take_the_same_steps(tmp_path):
+    """FP32 linears, so that nothing but the order of sums differs: 20 steps, equal to 1e-5."""
+    paths = [_write(tmp_path, zero) for zero in ZERO]
+    one = run_distributed(losses, 1, paths, _settings(rows=8), 20)[0]
+    two = run_distributed(losses, 2, paths, _settings(rows=4), 20)[0]
+    many = run_distributed(losses, 1, paths[:4], _settings(rows=1, accumulation=8), 20)[0]
+    for found in [*one, *two, *many]:
+        assert found == pytest.approx(one[0], rel=1e-5)
+    assert one[0][-1] < one[0][0]
