@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,6 +224,25 @@ def measure_memory(folders: list[Path], rows: int) -> list[tuple[int, float]]:
     return found
 
 
+def measure_data_wait(shards: Path, run_dir: Path, steps: int) -> float:
+    """Share of a step's time that a run of `mini` waits for its batch, without the first step, which starts workers."""
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--preset", "mini", "--data", str(shards)]
+    command += ["--ds_config", str(ROOT / "ds_configs" / "p40_zero2.json"), "--run-dir", str(run_dir)]
+    changes = {"max_steps": steps, "eval_every": steps, "eval_rows": 8, "save_every": steps, "log_every": 1}
+    for key, value in {**changes, "export_at_end": "false", "tensorboard": "false"}.items():
+        command += ["--set", f"train.{key}={value}"]
+    subprocess.run(
+        command,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        shares = [float(row["data_wait"]) for row in csv.DictReader(file) if row["data_wait"]]
+    return mean(shares[1:])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small part of the corpus, one repetition")
@@ -248,6 +268,7 @@ def main() -> int:
         dataset = PackedDataset(work / "shards", seq_len=SEQ_LEN)
         speed = measure_reading(dataset, tokenizer, min(rows, dataset.rows_per_epoch // BATCH * BATCH), repeats)
         seek = measure_seek(work / "shards", tokenizer)
+        waiting = measure_data_wait(work / "shards", work / "run", 5 if arguments.quick else 30)
         memory = measure_memory([work / "shards", grow(work / "shards", work / "ten", 10)], rows)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -262,6 +283,7 @@ def main() -> int:
         "packing_efficiency": round(dataset.packing_efficiency, 4),
         "prepare_peak_rss_mb_per_worker": round(rss["tbf"]),
         "seek_ms": round(seek, 1),
+        "data_wait_share": round(waiting, 5),
         "loader_rss_mb_1x": round(memory[0][1]),
         "loader_rss_mb_10x": round(memory[1][1]),
     }
@@ -286,6 +308,7 @@ def main() -> int:
         table.append({"what": f"read, {name}", "rows_per_s": round(value)})
         print(f"{name:<22}{value:>10,.0f}")
     print(f"\npacking at {SEQ_LEN}: {dataset.packing_efficiency:.2%}; seek to 90 % of an epoch: {seek:.1f} ms")
+    print(f"training mini waits for data {waiting:.3%} of the time")
     for count, value in memory:
         print(f"loader over {count:,} rows an epoch: peak RSS {value:.0f} MB")
     machine = {

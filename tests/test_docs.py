@@ -21,8 +21,8 @@ PAGES = sorted(p for p in ROOT.rglob("*.md") if not {".venv", "runs"} & set(p.re
 SHORTER = "--max-steps 3 --set data.seq_len=64 --set train.micro_batch_size=2 --set train.eval_rows=2"
 
 
-def blocks(language: str) -> list[str]:
-    return [text for found, text in BLOCK.findall((ROOT / "README.md").read_text("utf-8")) if found == language]
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return [text for found, text in BLOCK.findall((ROOT / page).read_text("utf-8")) if found == language]
 
 
 def test_the_readmes_commands_run_in_order(tmp_path):
@@ -49,6 +49,18 @@ def test_the_readmes_commands_run_in_order(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == "torch.Size([1, 384])"
+
+
+def test_the_data_pages_commands_run_in_order(tmp_path):
+    env = environment(PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    commands = [line for block in blocks("bash", "docs/data.md") for line in block.splitlines() if line]
+    assert len(commands) > 3
+    for line in commands:
+        verb, *words = shlex.split(line)
+        assert verb == "tbf"
+        command = [sys.executable, "-m", "tbf.cli", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 def test_make_train_runs_exactly_the_documented_command():

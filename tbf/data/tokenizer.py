@@ -18,7 +18,7 @@ import numpy as np
 import sentencepiece
 
 from tbf.data.files import make_folder, write_bytes, write_json
-from tbf.data.words import encode_batch
+from tbf.data.words import WordEncoder
 from tbf.errors import ConfigError, DataError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -58,6 +58,7 @@ class SpanishSPMTokenizer:
                 f"{origin}: ids 0-4 must be {' '.join(SPECIAL_TOKENS)}, found {' '.join(found)}; "
                 "train one with `tbf tokenizer train`"
             )
+        self._words = WordEncoder(self._sp, token_dtype(self.vocab_size))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model,)
@@ -145,7 +146,7 @@ class SpanishSPMTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The same ids for megabytes of text at a time: (ids of all texts, where each text ends among them)."""
-        return encode_batch(self._sp, texts, token_dtype(self.vocab_size))
+        return self._words.encode(texts)
 
     def _encode_words(self, text: str) -> list[int]:
         # Word by word: in a whole text SentencePiece's sums of scores could break a tie between two spellings of a word

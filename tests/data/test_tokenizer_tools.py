@@ -75,7 +75,13 @@ def test_prepare_folder_trains_when_no_tokenizer_is_given(tmp_path):
     assert (again.made, again.tokens) == (0, first.tokens)
 
 
-def test_same_ids_alone_and_in_batches(tokenizer, sample_texts):
+@pytest.mark.parametrize("remembered", [10**6, 0, 500])
+def test_same_ids_alone_and_in_batches(tokenizer, sample_texts, monkeypatch, remembered):
+    monkeypatch.setattr("tbf.data.words.REMEMBERED", remembered)
+    tokenizer = SpanishSPMTokenizer(tokenizer.model)
+    for batch in ([], ["", " "], sample_texts[:2], sample_texts[:3]):  # remembered words must change nothing
+        ids, ends = tokenizer.encode_batch(batch)
+        assert ids.tolist() == [i for one in tokenizer.encode_ids(batch) for i in one] and len(ends) == len(batch)
     texts = [*sample_texts, "", "uno", "dos\u00a0tres\u2003cuatro\n", "´acento suelto ½ ﬁn", "x" * 5000]
     ids, ends = tokenizer.encode_batch(texts)
     start = 0
