@@ -27,6 +27,7 @@ import torch  # noqa: E402
 import train_step as own  # noqa: E402
 import transformers  # noqa: E402
 
+from tbf.ops.ternary_backends import DEFAULT_MODE  # noqa: E402
 from tbf.system import processor  # noqa: E402
 from tbf.train import distributed  # noqa: E402
 from tbf.train.environment import discover_process  # noqa: E402
@@ -110,9 +111,9 @@ def main() -> None:
             return step
 
         steps = {
-            "tbf mini int8_hilo": mini("int8_hilo", "none"),
             "tbf mini int8": mini("int8", "none"),
-            "tbf mini int8_hilo, layers recomputed": mini("int8_hilo", "layer"),
+            "tbf mini int8_hilo": mini("int8_hilo", "none"),
+            f"tbf mini {DEFAULT_MODE}, layers recomputed": mini(DEFAULT_MODE, "layer"),
             "tbf mini fp32 fake-quant": mini(own.FAKE, "none"),
         }
         sizes = {"tbf mini": bench.model.num_parameters()}
@@ -132,9 +133,9 @@ def main() -> None:
     finally:
         distributed.stop()
     rate = {name: bench.tokens / median(values) for name, values in times.items()}
-    ours = rate["tbf mini int8_hilo"]
+    ours = rate[f"tbf mini {DEFAULT_MODE}"]
     print("\nparameters: " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()))
-    print(f"{'':40}{'tokens/s':>10}{'tbf int8_hilo is':>18}")
+    print(f"{'':40}{'tokens/s':>10}{f'tbf {DEFAULT_MODE} is':>18}")
     for name, value in rate.items():
         print(f"{name:40}{value:10.0f}{ours / value:17.2f}x")
     figures = {"tbf_vs_bert_fp32": ours / rate["BERT fp32"], "tbf_vs_bert_bf16": ours / rate["BERT bf16"]}

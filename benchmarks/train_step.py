@@ -40,7 +40,7 @@ from tbf.config import RunConfig, load_run_config  # noqa: E402
 from tbf.model.bitlinear import BitLinear, invalidate_ternary, set_ternary_plan, ternary_shapes  # noqa: E402
 from tbf.model.encoder import TormentedBertFrankenstein  # noqa: E402
 from tbf.ops import ternary  # noqa: E402
-from tbf.ops.ternary_backends import GRADIENT_MODES, TernaryPlan  # noqa: E402
+from tbf.ops.ternary_backends import DEFAULT_MODE, GRADIENT_MODES, TernaryPlan  # noqa: E402
 from tbf.ops.ternary_probe import choose_plan  # noqa: E402
 from tbf.system import processor  # noqa: E402
 from tbf.train import distributed  # noqa: E402
@@ -59,7 +59,7 @@ MODELS = {
     ),
 }
 """Preset, changes, rows of a micro batch."""
-FAKE, FRESH, BARE = "fp32 fake-quant", "int8_hilo, no cache", "int8_hilo, no engine"
+FAKE, FRESH, BARE = "fp32 fake-quant", f"{DEFAULT_MODE}, no cache", f"{DEFAULT_MODE}, no engine"
 DS_CONFIG = ROOT / "ds_configs" / "p40_zero2.json"
 
 
@@ -169,18 +169,18 @@ def measure(name: str, rounds: int, breakdown: bool) -> tuple[dict[str, Any], di
         print(
             f"{variant:24}{rate[variant]:10.0f}{rate[variant] / rate[FAKE]:14.2f}{rate[variant] / rate['fp32']:18.2f}"
         )
-    figures = {f"tokens_per_s@{name}": rate["int8_hilo"], f"hilo_vs_fakequant@{name}": rate["int8_hilo"] / rate[FAKE]}
+    figures = {f"tokens_per_s@{name}": rate[DEFAULT_MODE], f"hilo_vs_fakequant@{name}": rate["int8_hilo"] / rate[FAKE]}
     figures[f"int8_vs_fakequant@{name}"] = rate["int8"] / rate[FAKE]
     if BARE in rate:
-        figures[f"engine_share@{name}"] = 1 - rate["int8_hilo"] / rate[BARE]
+        figures[f"engine_share@{name}"] = 1 - rate[DEFAULT_MODE] / rate[BARE]
         print(f"share of the step that the engine adds: {figures[f'engine_share@{name}']:.1%}")
     row = {"model": name, "tokens_per_s": rate, "seconds": times}
     if breakdown:
-        with as_variant("int8_hilo", bench.model, bench.plan):
+        with as_variant(DEFAULT_MODE, bench.model, bench.plan):
             bench.step()
             row["breakdown_ms"] = parts = time_by_part(bench.step, bench.model, bench.engine)
         total = sum(parts.values())
-        print(f"where the time goes, int8_hilo, {total:.0f} ms while profiled:")
+        print(f"where the time goes, {DEFAULT_MODE}, {total:.0f} ms while profiled:")
         for part, ms in parts.items():
             print(f"  {part:28}{ms:9.1f} ms{ms / total:8.1%}")
     return row, figures
@@ -197,7 +197,7 @@ def step_memory(name: str, variant: str) -> None:
 def compare_memory(name: str) -> dict[str, float]:
     """Peak memory of a step with int8 saved activations and with the fake-quantised ones."""
     peaks = {}
-    for variant in (FAKE, "fp32", "int8_hilo"):
+    for variant in (FAKE, DEFAULT_MODE):
         command = [sys.executable, __file__, "--step-memory", name, variant]
         own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         env = {key: value for key, value in os.environ.items() if key not in own}  # the child is a job of its own

@@ -30,7 +30,7 @@ def register(verbs: Any) -> None:
     add("--preset", default="mini", metavar="NAME|FILE.yaml", help="whose shapes (default: mini)")
     add("--tokens", type=int, metavar="N", help="tokens a product (default: a micro batch of the preset)")
     add("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: the first card, else the CPU")
-    add("--mode", default="int8_hilo", choices=("int8_hilo", "int8"), help="rounding of gradients (default: int8_hilo)")
+    add("--mode", default="int8", choices=("int8", "int8_hilo"), help="rounding of gradients (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object instead of the table")
 
 

@@ -26,7 +26,7 @@ from tbf.ops.ternary_native import INT8_ZERO_POINT, TERNARY_ZERO_POINT, NativeTo
 from tbf.ops.ternary_reference import Quantised, ReferenceTools
 
 GRADIENT_MODES = ("fp32", "int8_dx", "int8_hilo", "int8")
-DEFAULT_MODE = "int8_hilo"
+DEFAULT_MODE = "int8"
 
 log = logging.getLogger(__name__)
 

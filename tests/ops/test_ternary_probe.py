@@ -6,7 +6,7 @@ import torch
 from tbf.errors import ConfigError, HardwareError
 from tbf.model.bitlinear import BitLinear, set_ternary_plan, ternary_shapes
 from tbf.ops import ternary_probe as probe
-from tbf.ops.ternary_backends import BACKENDS, Backend, CpuInt8, TernaryPlan
+from tbf.ops.ternary_backends import BACKENDS, DEFAULT_MODE, Backend, CpuInt8, TernaryPlan
 from tbf.ops.ternary_measure import AWKWARD_SHAPES, why_inexact
 from tbf.ops.ternary_probe import ProbeReport, ProbeRow, choose_plan, default_plan, probe_ternary
 from tbf.ops.ternary_reference import ReferenceTools
@@ -43,7 +43,7 @@ def test_damaged_verdicts_are_found_again(own_cache):
     (verdict,) = own_cache.rglob("probe-*.json")
     for text in ("", "{", '{"rows": []}', verdict.read_text().replace("cpu_int8", "cpu_int9").replace("fp32", "fp33")):
         verdict.write_text(text)
-        assert probe_ternary(CPU, TINY).plan.mode == "int8_hilo"
+        assert probe_ternary(CPU, TINY).plan.mode == DEFAULT_MODE
 
 
 def test_a_backend_that_is_wrong_or_fails_is_never_taken(monkeypatch):
