@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from tbf.errors import ConfigError
-from tbf.ops.ternary_backends import TernaryPlan, TernaryWeight, get_backend, prepare_weight
+from tbf.ops.ternary_backends import TernaryPlan, TernaryWeight, prepare_weight
 from tbf.ops.ternary_cache import TernaryCache
 from tbf.ops.ternary_probe import default_plan
 from tbf.ops.ternary_reference import Quantised, ReferenceTools
@@ -183,7 +183,7 @@ class _TernaryLinear(torch.autograd.Function):
         dgain = None
         if norm and need_x:
             x, gain, rrms = norm
-            dx, dgain = get_backend(ctx.plan.forward, x.device.type).tools.norm_backward(dx, x, gain, rrms)
+            dx, dgain = ctx.plan.backend(ctx.plan.forward, x.device.type).tools.norm_backward(dx, x, gain, rrms)
         return dx, dw, dgain, None, None, None, None
 
 
@@ -196,7 +196,7 @@ def _multiply(
     plan: TernaryPlan,
 ) -> tuple[tuple[Tensor, ...], Quantised, Tensor | None]:
     """Rows [M, D] through their matrices: (one y [M, N_i] per slice, the quantised rows, 1/rms [M] if normed)."""
-    backend = get_backend(plan.forward, x.device.type)
+    backend = plan.backend(plan.forward, x.device.type)
     slices, d = matrices[0].slices, matrices[0].in_features
     with torch.autocast(x.device.type, enabled=False):
         q, rrms = backend.tools.quantise_rows(x, gain, norm_eps)
@@ -229,8 +229,8 @@ def _gradients(
 def _piece(
     dys: Sequence[Tensor], q: Quantised, weight: TernaryWeight, plan: TernaryPlan, need_x: bool, need_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    fp32 = get_backend("fp32", q.high.device.type)
-    integer = get_backend(plan.weight_backend, q.high.device.type)
+    fp32 = plan.backend("fp32", q.high.device.type)
+    integer = plan.backend(plan.weight_backend, q.high.device.type)
     if plan.mode != "int8_dx" or integer is fp32:
         return integer.backward(dys, q, weight, low=plan.mode == "int8_hilo", need_x=need_x, need_w=need_w)
     dx, _ = integer.backward(dys, q, weight, low=False, need_x=need_x, need_w=False)

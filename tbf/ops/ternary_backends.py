@@ -55,6 +55,10 @@ class TernaryPlan:
         """The backend whose layout of the weights dX needs."""
         return "fp32" if self.mode == "fp32" else self.backward
 
+    def backend(self, name: str, device_type: str) -> Backend:
+        """Who computes under that name. A subclass may put a stand-in here, e.g. one that only allocates."""
+        return get_backend(name, device_type)
+
     def __str__(self) -> str:
         gradients = "FP32 gradients" if self.weight_backend == "fp32" else f"{self.mode} gradients by {self.backward}"
         return f"forward by {self.forward}, {gradients}"
@@ -307,8 +311,8 @@ def fastest_tools(device_type: str) -> ReferenceTools:
 
 def prepare_weight(weight: Tensor, slices: Sequence[int], plan: TernaryPlan) -> TernaryWeight:
     """Ternarises `weight` FP32 [N, D], one scale per slice of its rows, and lays it out for the plan's backends."""
-    forward = get_backend(plan.forward, weight.device.type)
-    backward = get_backend(plan.weight_backend, weight.device.type)
+    forward = plan.backend(plan.forward, weight.device.type)
+    backward = plan.backend(plan.weight_backend, weight.device.type)
     parts = [forward.tools.ternarise(part) for part in weight.detach().split(list(slices))]
     values = torch.cat([part for part, _ in parts]) if len(parts) > 1 else parts[0][0]  # int8 [N, D]
     return TernaryWeight(

@@ -60,30 +60,21 @@ class NativeTools(ReferenceTools):
         high = torch.empty(rows, round_up(cols, 4), dtype=torch.int8)  # the GEMM reads groups of 4
         scale, total = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
         rrms = torch.empty(rows) if gain is not None else None
-        # fmt: off
-        self._library.tbf_quantise_rows(
-            x.data_ptr(), rows, cols, x.stride(0), ACTIVATION_EPS, _pointer(gain), norm_eps, high.data_ptr(),
-            high.stride(0), scale.data_ptr(), total.data_ptr(), _pointer(rrms), torch.get_num_threads(),
-        )
-        # fmt: on
+        self._call(
+            "tbf_quantise_rows", x, rows, cols, x.stride(0), ACTIVATION_EPS, gain, norm_eps, high, high.stride(0),
+            scale, total, rrms,
+        )  # fmt: skip
         return Quantised(high, scale, total=total), rrms
 
     def norm_backward(self, dy: Tensor, x: Tensor, gain: Tensor, rrms: Tensor) -> tuple[Tensor, Tensor]:
         dx, dgain = torch.empty_like(dy), torch.empty_like(gain)
-        # fmt: off
-        self._library.tbf_rms_norm_backward(
-            dy.data_ptr(), x.data_ptr(), *x.shape, x.stride(0), gain.data_ptr(), rrms.data_ptr(), dx.data_ptr(),
-            dgain.data_ptr(), torch.get_num_threads(),
-        )
-        # fmt: on
+        self._call("tbf_rms_norm_backward", dy, x, *x.shape, x.stride(0), gain, rrms, dx, dgain)
         return dx, dgain
 
     def ternarise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         weight = weight.contiguous()
         values, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(())
-        self._library.tbf_ternarise(
-            weight.data_ptr(), *weight.shape, WEIGHT_EPS, values.data_ptr(), scale.data_ptr(), torch.get_num_threads()
-        )
+        self._call("tbf_ternarise", weight, *weight.shape, WEIGHT_EPS, values, scale)
         return values, scale
 
     def quantise_gradient(
@@ -106,17 +97,12 @@ class NativeTools(ReferenceTools):
             by_column = _empty_quantised((tiles_bytes(m, n, low),), n, low, whole=True)
         elif columns:
             by_column = _empty_quantised((m, n), n, low)
-        pointers = (_P * len(dys))(*[dy.data_ptr() for dy in dys])
-        strides = (_L * len(dys))(*[dy.stride(0) for dy in dys])
-        # fmt: off
-        self._library.tbf_quantise_gradient(
-            pointers, (_L * len(dys))(*widths), strides, scales.data_ptr(), len(dys), m, _pointer(row_factor),
+        self._call(
+            "tbf_quantise_gradient", dys, widths, [dy.stride(0) for dy in dys], scales, len(dys), m, row_factor,
             GRADIENT_EPS, low,
-            *_pointers(by_row, "high", "low"), round_up(n, 4), *_pointers(by_row, "scale", "total", "low_total"),
-            *_pointers(by_column, "high", "low"), tiled, *_pointers(by_column, "scale", "total", "low_total"),
-            torch.get_num_threads(),
-        )
-        # fmt: on
+            *_parts(by_row, "high", "low"), round_up(n, 4), *_parts(by_row, "scale", "total", "low_total"),
+            *_parts(by_column, "high", "low"), tiled, *_parts(by_column, "scale", "total", "low_total"),
+        )  # fmt: skip
         if by_row is not None and by_row.high.shape[1] != n and not tiled:  # only the GEMM wants the padding
             by_row.high, by_row.low = by_row.high[:, :n], by_row.low[:, :n] if low else None
         return by_row, by_column
@@ -125,30 +111,21 @@ class NativeTools(ReferenceTools):
         if high.dtype != torch.int32:
             return super().scale_products(high, low, row_scale, scale)
         out = torch.empty(high.shape)
-        # fmt: off
-        self._library.tbf_scale_products(
-            high.data_ptr(), _pointer(low), *high.shape, row_scale.data_ptr(), scale.data_ptr(), out.data_ptr(),
-            out.stride(0), torch.get_num_threads(),
-        )
-        # fmt: on
+        self._call("tbf_scale_products", high, low, *high.shape, row_scale, scale, out, out.stride(0))
         return out
 
     def pack_rows(self, values: Tensor, zero_point: int) -> Tensor:
         """Packs int8 values [R, K] as the GEMM's right operand, R its output columns."""
         rows, inner = values.shape
         panels = torch.empty(panels_bytes(rows, inner), dtype=torch.uint8)
-        self._library.tbf_pack_rows(
-            values.data_ptr(), rows, inner, values.stride(0), zero_point, panels.data_ptr(), torch.get_num_threads()
-        )
+        self._call("tbf_pack_rows", values, rows, inner, values.stride(0), zero_point, panels)
         return panels
 
     def pack_columns(self, values: Tensor, rows: int, zero_point: int) -> Tensor:
         """Packs the first `rows` columns of int8 values [K, >= rows] as the GEMM's right operand."""
         inner = len(values)
         panels = torch.empty(panels_bytes(rows, inner), dtype=torch.uint8)
-        self._library.tbf_pack_columns(
-            values.data_ptr(), inner, rows, values.stride(0), zero_point, panels.data_ptr(), torch.get_num_threads()
-        )
+        self._call("tbf_pack_columns", values, inner, rows, values.stride(0), zero_point, panels)
         return panels
 
     def gemm(
@@ -166,14 +143,15 @@ class NativeTools(ReferenceTools):
         """left [rows, inner] times the packed right operand [cols, inner], transposed, scaled: FP32 [rows, cols]."""
         out = torch.empty(rows, cols)
         low = left.high if tiled and left.low_total is not None else left.low
-        # fmt: off
-        self._library.tbf_gemm(
-            left.high.data_ptr(), _pointer(low), tiled, rows, 0 if tiled else left.high.stride(0), right.data_ptr(),
-            cols, inner, zero_point, _pointer(left.total), _pointer(left.low_total), left.scale.data_ptr(),
-            scale.data_ptr(), out.data_ptr(), cols, torch.get_num_threads(),
-        )
-        # fmt: on
+        self._call(
+            "tbf_gemm", left.high, low, tiled, rows, 0 if tiled else left.high.stride(0), right, cols, inner,
+            zero_point, left.total, left.low_total, left.scale, scale, out, cols,
+        )  # fmt: skip
         return out
+
+    def _call(self, name: str, *arguments: object) -> None:
+        """Calls a function of the library with tensors as pointers, lists as arrays, and the number of threads last."""
+        getattr(self._library, name)(*map(_c_value, arguments), torch.get_num_threads())
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -202,9 +180,14 @@ def _empty_quantised(shape: tuple[int, ...], scales: int, low: bool, whole: bool
     )
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _parts(q: Quantised | None, *names: str) -> list[Tensor | None]:
+    return [None if q is None else getattr(q, name) for name in names]
 
 
-def _pointers(q: Quantised | None, *names: str) -> list[int | None]:
-    return [None if q is None else _pointer(getattr(q, name)) for name in names]
+def _c_value(argument: object) -> object:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, Sequence):
+        values = [_c_value(value) for value in argument]
+        return ((_P if isinstance(argument[0], Tensor) else _L) * len(values))(*values)
+    return argument
