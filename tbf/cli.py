@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import tbf
-from tbf.commands import add_verbs, bench, checkpoints, data, doctor, embed, fill_mask, params, tokenizer
+from tbf.commands import add_verbs, bench, checkpoints, data, doctor, embed, fill_mask, params, plan, tokenizer
 from tbf.errors import run_program
 
 EXAMPLES = """\
@@ -24,7 +24,7 @@ plain weights of a run: python tools/convert_ckpt.py runs/mini-1 exported
 
 exit codes: 0 done, 2 wrong usage or config, 3 data, 4 checkpoint or export, 5 hardware, 6 training halted
 """
-VERBS = (fill_mask, embed, tokenizer, data, params, checkpoints, bench, doctor)
+VERBS = (fill_mask, embed, tokenizer, data, params, plan, checkpoints, bench, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,7 +21,8 @@ ALLOWED = {
     "export": {"errors", "system", "config", "model", "ops", "data", "checkpoints", "export"},
     "evaluate": {"errors", "system", "config", "model", "ops", "data", "export", "evaluate"},
     "doctor": {"errors", "system", "config", "model", "ops", "hardware", "train", "doctor"},
-    "train": {"errors", "system", "config", "model", "ops", "data", "hardware"}
+    "planning": {"errors", "system", "config", "model", "ops", "hardware", "planning"},
+    "train": {"errors", "system", "config", "model", "ops", "data", "hardware", "planning"}
     | {"checkpoints", "export", "evaluate", "train"},
 }
 

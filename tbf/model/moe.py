@@ -16,7 +16,7 @@ from tbf.model.config import UltraConfig
 from tbf.model.ffn import GATED, PLAIN
 from tbf.model.init import linear_std, truncated_normal
 from tbf.model.segment_info import SegmentInfo
-from tbf.ops.moe_dispatch import combine, count_experts, dispatch, expert_linear, route
+from tbf.ops.moe_dispatch import Routing, combine, count_experts, dispatch, expert_linear, route
 from tbf.ops.ternary import activation_fake_quant, ternary_experts_linear, ternary_fake_quant
 from tbf.ops.ternary_backends import TernaryPlan
 from tbf.ops.ternary_cache import TernaryCache
@@ -54,7 +54,7 @@ class ExpertLinear(nn.Module):
     def in_integers(self) -> bool:
         return self.ternary and self.backend is None
 
-    def forward(self, x: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, counts: Tensor | Sequence[int]) -> tuple[Tensor, ...]:
         """x [A, D], sorted by expert, counts [E] rows each -> one [A, N_i] per slice."""
         if self.in_integers:
             return ternary_experts_linear(
@@ -114,13 +114,17 @@ class MixtureOfExperts(nn.Module):
         probs = logits.softmax(-1)
         bias = None if self.router_bias is None else self.router_bias[min(loop, self.loops - 1)]
         routing = route(probs, self.top_k, bias)
-        # The integer kernels are called expert by expert: both projections share one wait for the device.
-        counts = routing.counts.cpu() if self.up_proj.in_integers else routing.counts
+        counts = self.host_counts(routing)
         up = self.up_proj(dispatch(x, routing), counts)
         inner = self.activation(up[0]) * up[1] if self.gated else self.activation(up[0])  # [A, F]
         (rows,) = self.down_proj(inner, counts)
         stats = router_stats(logits, probs, routing.experts, info.real.flatten())
         return combine(rows, routing).view_as(u), stats
+
+    def host_counts(self, routing: Routing) -> Tensor | list[int]:
+        """Rows per expert as the projections want them. The integer kernels are called expert by expert: both
+        projections share one wait for the device."""
+        return routing.counts.cpu() if self.up_proj.in_integers else routing.counts
 
     def force_backend(self, backend: str | None) -> None:
         """Computes the experts with one of `ops.moe_dispatch.BACKENDS`; None goes back to the automatic choice."""

@@ -50,7 +50,7 @@ class CpuStandIn(NativeTools):
     def _call(self, name: str, *arguments: object) -> None:
         operations = 0
         if name == "tbf_gemm":
-            _, low, tiled, rows, _, _, cols, inner, *_ = arguments
+            _, low, _, rows, _, _, cols, inner, *_ = arguments
             operations = 2 * rows * cols * inner * (1 if low is None else 2)
         self._report(name, tensor_bytes(arguments), operations)
 

@@ -1,0 +1,212 @@
+"""A run on a machine: memory, disk, traffic and time, and whether it fits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tbf.config import RunConfig
+from tbf.hardware.cpu_rates import CpuRates, cpu_rates, shared
+from tbf.hardware.devices import CONTEXT_BYTES, Device
+from tbf.model.flops import build_meta, parameters_by_part, training_flops_per_token
+from tbf.ops.ternary_backends import TernaryPlan
+from tbf.planning.activations import Activations, activations
+from tbf.planning.engine_state import Engine, Item, ModelFacts, engine_items, model_facts
+from tbf.planning.timing import StepTime, step_time
+from tbf.planning.traffic import Traffic, step_traffic
+from tbf.planning.visits import PieceTracer, Shape
+
+PROCESS_BYTES = int(0.5e9)
+"""Resident memory of Python, torch and DeepSpeed in one rank."""
+WORKER_BYTES = int(0.3e9)
+"""Of a process that prepares data."""
+FRAGMENTATION = 0.10
+"""Of the activations, added: what an allocator loses between blocks of different sizes."""
+CHECKPOINT_WEIGHTS, CHECKPOINT_STATE = 4, 12
+"""Bytes per parameter of a saved checkpoint: the model's file (ZeRO-1 and 2), and the optimizer's shards."""
+TOKEN_BYTES = 2
+GIGABIT = 125e6
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run may use."""
+
+    device: Device
+    gpus: int = 1
+    """Ranks on each node."""
+    nodes: int = 1
+    host_memory: float = 128e9
+    """Bytes, per node."""
+    disk: float | None = None
+    """Free bytes for checkpoints and data; None: not known."""
+    network: float = 10 * GIGABIT
+    """Bytes per second between nodes."""
+    threads: int = 1
+    """Of each rank; matters on the CPU only."""
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus * self.nodes
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One resource: bytes needed against bytes there are."""
+
+    resource: str
+    needed: float
+    available: float
+    cure: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.available
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `tbf plan` shows. Bytes per rank, unless the name says otherwise; seconds per optimizer step."""
+
+    preset: str
+    machine: Machine
+    engine: Engine
+    shape: Shape
+    parameters: dict[str, int]
+    facts: ModelFacts = field(repr=False)
+    items: list[Item] = field(repr=False)
+    activations: Activations = field(repr=False)
+    traffic: Traffic
+    time: StepTime
+    flops_per_token: float
+    checkpoint_bytes: int
+    """One checkpoint, all ranks together."""
+    disk_bytes: int
+    """Checkpoints that exist at once, and the data."""
+    verdicts: list[Verdict]
+
+    @property
+    def fits(self) -> bool:
+        return all(verdict.fits for verdict in self.verdicts)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.shape.rows * self.shape.tokens * self.engine.accumulation * self.machine.ranks
+
+    @property
+    def tokens_per_day(self) -> float:
+        return 86_400 * self.tokens_per_step / self.time.total
+
+    def to_dict(self) -> dict[str, Any]:
+        acts = {k: v for k, v in vars(self.activations).items() if k not in ("forward", "backward")}
+        return {
+            "preset": self.preset,
+            "fits": self.fits,
+            "machine": asdict(self.machine),
+            "engine": asdict(self.engine),
+            "shape": asdict(self.shape),
+            "parameters": self.parameters,
+            "state": [asdict(item) for item in self.items],
+            "activations": acts,
+            "memory": memory_by_place(self.items, self.activations, self.machine.device.on_cuda),
+            "traffic": asdict(self.traffic),
+            "step_seconds": {**asdict(self.time), "total": self.time.total},
+            "flops_per_token": self.flops_per_token,
+            "tokens_per_day": self.tokens_per_day,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "disk_bytes": self.disk_bytes,
+            "verdicts": [{**asdict(verdict), "fits": verdict.fits} for verdict in self.verdicts],
+        }
+
+
+class Planner:
+    """Plans runs on one machine, tracing each shape of a model once."""
+
+    def __init__(self, machine: Machine, *, say: Callable[[str], None] = lambda text: None) -> None:
+        self.machine = machine
+        self.rates: CpuRates | None = None
+        if not machine.device.on_cuda:
+            self.rates = shared(cpu_rates(machine.threads * machine.gpus), machine.gpus)
+        self._tracer = PieceTracer(machine.device.on_cuda, say)
+
+    def plan(self, run: RunConfig, engine: Engine) -> Plan:
+        """Works out the plan of a run whose train section agrees with `engine`."""
+        machine, config = self.machine, run.model
+        loops = config.num_loops + (1 if run.train.stochastic_loops else 0)
+        rate = max(run.data.mask_rate, run.data.mask_rate_end)
+        shape = Shape(run.train.micro_batch_size, run.data.seq_len, max(1, round(rate * run.data.seq_len)))
+        facts = model_facts(build_meta(config), engine.persistence)
+        stays = engine.stage == 1 and engine.accumulation == 1
+        pass_ = activations(
+            self._tracer, config, shape, self._ternary_plan(config), engine.granularity, loops=loops,
+            host_offload=engine.cpu_checkpointing, gradients_stay=stays,
+        )  # fmt: skip
+        items = engine_items(facts, engine, machine.ranks, machine.device.on_cuda)
+        traffic = step_traffic(facts, engine, machine.ranks, loops, pass_.host, machine.device.on_cuda)
+        seconds = step_time(
+            pass_, facts, engine, traffic, device=machine.device, rates=self.rates, ranks=machine.ranks,
+            local_ranks=machine.gpus, network_bandwidth=self._network(),
+        )  # fmt: skip
+        per_parameter = CHECKPOINT_STATE + (CHECKPOINT_WEIGHTS if engine.stage < 3 else 0)
+        checkpoint = per_parameter * facts.total
+        kept = run.train.keep_last + run.train.keep_best + 1
+        tokens = run.train.max_steps * shape.rows * shape.tokens * engine.accumulation * machine.ranks
+        data = min(TOKEN_BYTES * tokens, int(run.data.disk_budget_gb * 1e9))
+        plan = Plan(
+            run.preset, machine, engine, shape, parameters_by_part(config), facts, items, pass_, traffic, seconds,
+            training_flops_per_token(config, shape.tokens, rate), checkpoint, kept * checkpoint + data, [],
+        )  # fmt: skip
+        return replace(plan, verdicts=self._verdicts(plan, run.data.num_workers))
+
+    def _verdicts(self, plan: Plan, workers: int) -> list[Verdict]:
+        machine = self.machine
+        memory = memory_by_place(plan.items, plan.activations, machine.device.on_cuda)
+        host = machine.gpus * (memory["host"] + PROCESS_BYTES + workers * WORKER_BYTES)
+        verdicts = []
+        if machine.device.on_cuda:
+            verdicts.append(Verdict("GPU memory", memory["device"], machine.device.memory))
+        verdicts.append(Verdict("host memory", host, machine.host_memory))
+        if machine.disk is not None:
+            verdicts.append(Verdict("disk", plan.disk_bytes + memory["nvme"] * machine.gpus, machine.disk))
+        return verdicts
+
+    def _network(self) -> float:
+        """Between nodes the network decides; between the cards of one, PCIe, over which both directions share."""
+        if self.machine.nodes > 1:
+            return self.machine.network
+        return self.machine.device.pcie / 2 if self.machine.device.on_cuda else self.rates.far / 4
+
+    def _ternary_plan(self, config: Any) -> TernaryPlan:
+        from tbf.model.bitlinear import ternary_shapes
+        from tbf.ops.ternary_probe import choose_plan
+
+        if self.machine.device.on_cuda:
+            backend = self.machine.device.int8_backend
+            return TernaryPlan(backend, backend)
+        return choose_plan(torch.device("cpu"), ternary_shapes(build_meta(config)))
+
+
+def memory_by_place(items: list[Item], pass_: Activations, on_cuda: bool) -> dict[str, int]:
+    """The most bytes that each place must hold at once. On the CPU, `host` holds what the device would."""
+    totals: Counter[tuple[str, str]] = Counter()
+    for item in items:
+        place = "host" if item.place == "device" and not on_cuda else item.place
+        totals[place, item.when] += item.bytes
+    during = {
+        "device": pass_.peak + int(FRAGMENTATION * (pass_.peak - pass_.waiting_gradients)),
+        "host": pass_.host,
+    }
+    always = {"device": pass_.ternary_caches + CONTEXT_BYTES, "host": 0}
+    if not on_cuda:
+        during = {"device": 0, "host": pass_.peak + pass_.host}
+        always = {"device": 0, "host": pass_.ternary_caches}
+    peaks = {}
+    for place in ("device", "host"):
+        held = totals[place, "always"] + always[place]
+        moments = (totals[place, "pass"] + during[place], totals[place, "reduce"], totals[place, "step"])
+        peaks[place] = max(held + max(moments), totals[place, "start"])
+    return {**peaks, "nvme": totals["nvme", "always"]}
