@@ -28,17 +28,11 @@ from tbf.config import load_run_config  # noqa: E402
 from tbf.model.bitlinear import set_ternary_plan, ternary_shapes  # noqa: E402
 from tbf.model.encoder import TormentedBertFrankenstein  # noqa: E402
 from tbf.ops.ternary_probe import choose_plan  # noqa: E402
-from tbf.system import processor  # noqa: E402
+from tbf.system import peak_memory, processor, reset_peak  # noqa: E402
 
 ROWS, TOKENS, VOCABULARY = 1, 512, 1024
 CHANGES = ["model.num_layers=2", "model.layer_pattern=[retnet, titan_attn]", f"model.vocab_size={VOCABULARY}"]
 MB = 1e6
-
-
-def resident(field: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (peak) of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def map_large_blocks() -> None:
@@ -60,12 +54,11 @@ def measure(model: TormentedBertFrankenstein, loops: int, rounds: int) -> tuple[
                 parameter.grad.zero_()  # kept: gradients belong to the start
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before, started = resident("VmRSS"), time.perf_counter()
+        before, started = reset_peak(), time.perf_counter()
         model(**batch, num_loops=loops).loss.backward()
         if round_:
             seconds.append(time.perf_counter() - started)
-            peaks.append((resident("VmHWM") - before) / MB)
+            peaks.append((peak_memory() - before) / MB)
     return median(peaks), median(seconds)
 
 

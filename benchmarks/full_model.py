@@ -29,7 +29,7 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from tbf.config import load_run_config  # noqa: E402
-from tbf.system import processor  # noqa: E402
+from tbf.system import peak_memory, processor  # noqa: E402
 from tbf.train import distributed  # noqa: E402
 from tbf.train.build_ops import prepare_ops  # noqa: E402
 from tbf.train.ds_config import load_ds_config  # noqa: E402
@@ -43,12 +43,6 @@ def random_batch(vocabulary: int, rows: int, tokens: int, device: torch.device) 
     places = torch.arange(0, tokens, 3).expand(rows, -1).contiguous()
     batch = {"input_ids": ids, "masked_positions": places, "masked_labels": ids.gather(1, places)}
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def peak_bytes() -> int:
-    """Peak of this process' resident memory."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def main() -> int:
@@ -92,7 +86,7 @@ def main() -> int:
             total = time.perf_counter() - started
             steps.append({"loss": loss.item(), "seconds": total, "applied": bool(engine.was_step_applied())})
             print(f"step {step + 1}  loss {loss.item():.4f}  {total:.1f} s (forward {forward:.1f}, backward "
-                  f"{backward:.1f}, optimizer {total - forward - backward:.1f})  peak {peak_bytes() / 1e9:.2f} GB",
+                  f"{backward:.1f}, optimizer {total - forward - backward:.1f})  peak {peak_memory() / 1e9:.2f} GB",
                   flush=True)  # fmt: skip
     finally:
         distributed.stop()
@@ -100,7 +94,7 @@ def main() -> int:
     good = all(map(math.isfinite, losses)) and losses[-1] < losses[0] and all(step["applied"] for step in steps)
     print("finite and falling" if good else "the loss is not finite or does not fall")
     figures = {
-        "peak_gb": peak_bytes() / 1e9,
+        "peak_gb": peak_memory() / 1e9,
         "state_gb": state / 1e9,
         "seconds_per_step": min(step["seconds"] for step in steps),
         "first_loss": losses[0],

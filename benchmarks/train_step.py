@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -42,7 +41,7 @@ from tbf.model.encoder import TormentedBertFrankenstein  # noqa: E402
 from tbf.ops import ternary  # noqa: E402
 from tbf.ops.ternary_backends import DEFAULT_MODE, GRADIENT_MODES, TernaryPlan  # noqa: E402
 from tbf.ops.ternary_probe import choose_plan  # noqa: E402
-from tbf.system import processor  # noqa: E402
+from tbf.system import peak_memory, processor, reset_peak  # noqa: E402
 from tbf.train import distributed  # noqa: E402
 from tbf.train.build_ops import prepare_ops  # noqa: E402
 from tbf.train.ds_config import load_ds_config  # noqa: E402
@@ -187,11 +186,12 @@ def measure(name: str, rounds: int, breakdown: bool) -> tuple[dict[str, Any], di
 
 
 def step_memory(name: str, variant: str) -> None:
-    """Prints by how many bytes one step raises this process' peak memory: its first step, the gradients included."""
+    """Prints by how many bytes one step raises this process' resident memory at its peak, gradients included."""
     bench = Bench(name, granularity="none", bare=False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bench.seconds(variant)  # Adam's moments and the buffers of the engine come with the first one
+    before = reset_peak()
     bench.seconds(variant)
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(peak_memory() - before)
 
 
 def compare_memory(name: str) -> dict[str, float]:

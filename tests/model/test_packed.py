@@ -12,19 +12,10 @@ from tbf.model.encoder import TormentedBertFrankenstein
 from tbf.model.packed import PackedExperts, PackedLayer, PackedLinear, pack_layers, ternary_layers
 from tbf.ops.ternary_backends import BACKENDS, TernaryPlan
 from tbf.ops.ternary_pack import pack_weight
+from tests.helpers.runs import TINY
 from tests.ops.test_ternary import served
 
-SHAPE = {
-    "vocab_size": 70,
-    "hidden_size": 32,
-    "num_layers": 6,
-    "num_loops": 2,
-    "num_heads": 2,
-    "retention_heads": 2,
-    "mamba_state_size": 8,
-    "mamba_head_dim": 16,
-    "factorized_embedding_dim": 16,
-}
+SHAPE = {"vocab_size": 70, **TINY["model"], "norm_type": "rms"}
 
 
 def packed_copy(model: torch.nn.Module) -> torch.nn.Module:
