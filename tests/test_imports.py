@@ -20,6 +20,7 @@ ALLOWED = {
     "checkpoints": {"errors", "system", "checkpoints"},
     "export": {"errors", "system", "config", "model", "ops", "data", "checkpoints", "export"},
     "evaluate": {"errors", "system", "config", "model", "ops", "data", "export", "evaluate"},
+    "hf": {"errors", "system", "config", "model", "ops", "data", "hf"},
     "doctor": {"errors", "system", "config", "model", "ops", "hardware", "train", "doctor"},
     "planning": {"errors", "system", "config", "model", "ops", "hardware", "planning"},
     "train": {"errors", "system", "config", "model", "ops", "data", "hardware", "planning"}

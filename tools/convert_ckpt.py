@@ -3,6 +3,7 @@
 python tools/convert_ckpt.py runs/mini-1 exported                           # newest checkpoint, safetensors
 python tools/convert_ckpt.py runs/mini-1 exported --step best --format torch
 python tools/convert_ckpt.py runs/mini-1 packed --format ternary             # a fifth of a byte per ternary weight
+python tools/convert_ckpt.py runs/mini-1 hf --format hf --license cc-by-4.0 # AutoModel, SentenceTransformer, model card
 python tools/convert_ckpt.py runs/mini-1/checkpoints/step-00000500 exported --force
 python tools/convert_ckpt.py somewhere/global_step500 exported --config config.yaml --tokenizer tokenizer/
 
@@ -36,9 +37,9 @@ def parse_arguments() -> argparse.Namespace:
     add("out", type=Path, metavar="OUT", help="folder to write: weights, config.json, tokenizer, export.json")
     add(
         "--format",
-        choices=("safetensors", "torch", "ternary"),
+        choices=("safetensors", "torch", "hf", "ternary"),
         default="safetensors",
-        help="ternary: five weights a byte, for inference (default: %(default)s)",
+        help="hf: for transformers and sentence-transformers; ternary: five weights a byte (default: %(default)s)",
     )
     add("--step", default="latest", metavar="N|best|latest", help="checkpoint of the run (default: %(default)s)")
     add(
@@ -50,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--force", action="store_true", help="replace an earlier export in OUT")
     add("--config", type=Path, metavar="FILE", help="config.yaml or config.json, for a checkpoint outside a run folder")
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer folder or .model file, instead of the run's")
+    add("--license", metavar="ID", help="licence of the weights for the model card of hf, e.g. apache-2.0")
     return parser.parse_args()
 
 
@@ -67,6 +69,7 @@ def main() -> int:
         force=arguments.force,
         config=arguments.config,
         tokenizer=arguments.tokenizer,
+        license=arguments.license,
     )
     facts = json.loads((out / EXPORT_NAME).read_text(encoding="utf-8"))
     report = facts["verified"]

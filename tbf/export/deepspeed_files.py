@@ -5,7 +5,7 @@ moments). Files are opened with `weights_only=True` and memory-mapped: opening a
 pickle that names anything beyond tensors and the three classes of `ALLOWED_CLASSES` is refused before it can run.
 
 The same weights can be put together in two ways that share neither code nor, for ZeRO-1 and -2, files:
-`DeepSpeedCheckpoint.weights` and `DeepSpeedCheckpoint.reference_weights`.
+`DeepSpeedCheckpoint.weights` and `DeepSpeedCheckpoint.reference_pieces`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import enum
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tbf.errors import CheckpointError
+from tbf.export.stored import StoredTensor, release, stored
 
 
 class ZeroStage(int, enum.Enum):
@@ -50,19 +50,6 @@ ALLOWED_CLASSES = (
 _MODEL_FILE = "mp_rank_00_model_states.pt"
 _SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
 _UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that is still on disk; `read()` returns a contiguous copy in memory."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    read: Callable[[], torch.Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def load_file(path: Path) -> dict[str, Any]:
@@ -137,28 +124,30 @@ class DeepSpeedCheckpoint:
         """
         if self.stage < 3:
             module = self._models[0]["module"]
-            return {name: _stored(value) for name, value in module.items() if name not in self.aliases}
-        stored = {name: _stored(value) for name, value in self._buffers.items()}
+            return {name: stored(value) for name, value in module.items() if name not in self.aliases}
+        weights = {name: stored(value) for name, value in self._buffers.items()}
         for name, shape in self._frozen.items():
-            stored[name] = self._lazy(shape, [[model["frozen_param_fragments"][name]] for model in self._models], 0)
+            weights[name] = self._lazy(shape, [[model["frozen_param_fragments"][name]] for model in self._models], 0)
         partitions = [self._optimizer(rank)["fp32_flat_groups"] for rank in range(self.world_size)]
         start = 0
         for name, shape in self._trained().items():
-            stored[name] = self._lazy(shape, partitions, start)
+            weights[name] = self._lazy(shape, partitions, start)
             start += -(-math.prod(shape) // self.world_size)
-        return stored
+        return weights
 
-    def reference_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same names and values as `weights`, put together another way, to verify it with.
+    def reference_pieces(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """The names and values of `weights`, put together another way, to verify them with.
 
-        ZeRO-1 and -2: from the optimizer shards' FP32 masters. ZeRO-3: pushed shard by shard into full tensors.
+        Yields (name, first, values [n]): the elements from `first` on of the flattened tensor. Each element comes once.
+
+        ZeRO-1 and -2: from the optimizer shards' FP32 masters. ZeRO-3: shard by shard, as the ranks hold them.
         Buffers (and ZeRO-1's frozen weights) exist only once in the files and are given from there.
         """
         if not self.has_masters:
             raise CheckpointError(f"{self.folder} has no *_optim_states.pt to verify against; pass --no-verify")
-        yield from self._buffers.items()
-        yield from self._frozen_reference()
-        yield from self._unflatten_groups() if self.stage < 3 else self._scatter_partitions()
+        for name, value in [*self._buffers.items(), *self._frozen_reference()]:
+            yield name, 0, value.flatten()
+        yield from self._unflatten_groups() if self.stage < 3 else self._partition_pieces()
 
     # ---------------------------------------------------------------- opening and checking
 
@@ -230,26 +219,35 @@ class DeepSpeedCheckpoint:
 
     def _lazy(self, shape: torch.Size, partitions: list[list[torch.Tensor]], start: int) -> StoredTensor:
         """A ZeRO-3 parameter: rank r holds elements [r * width, (r + 1) * width), the last one with padding."""
+        dtype = partitions[0][0].dtype
         count = math.prod(shape)
         width = -(-count // self.world_size)
 
         def read() -> torch.Tensor:
-            parts = [self._span(pieces, start, width) for pieces in partitions]
-            return torch.cat(parts)[:count].reshape(shape).clone()
+            values = torch.empty(count, dtype=dtype)
+            for rank, pieces in enumerate(partitions):
+                self._copy_span(pieces, start, values[rank * width : (rank + 1) * width])
+            return values.view(shape)
 
-        return StoredTensor(torch.Size(shape), partitions[0][0].dtype, read)
+        return StoredTensor(torch.Size(shape), dtype, read)
 
     def _span(self, pieces: list[torch.Tensor], start: int, count: int) -> torch.Tensor:
-        """Elements [start, start + count) of the vector that the flat `pieces` form end to end."""
-        parts = []
+        """A copy of the elements [start, start + count) of the vector that the flat `pieces` form end to end."""
+        return self._copy_span(pieces, start, torch.empty(count, dtype=pieces[0].dtype))
+
+    def _copy_span(self, pieces: list[torch.Tensor], start: int, out: torch.Tensor) -> torch.Tensor:
+        """Fills `out` from element `start` on; returns it."""
+        filled = 0
         for piece in pieces:
-            if count and start < piece.numel():
-                parts.append(piece[start : start + count])
-                count -= parts[-1].numel()
+            if filled < out.numel() and start < piece.numel():
+                part = piece.detach()[start : start + out.numel() - filled]
+                out[filled : filled + part.numel()] = part
+                release(part)
+                filled += part.numel()
             start = max(start - piece.numel(), 0)
-        if count:
-            raise CheckpointError(f"{self.folder}: the optimizer shards hold {count} values too few")
-        return torch.cat(parts) if parts else torch.empty(0)
+        if filled < out.numel():
+            raise CheckpointError(f"{self.folder}: the optimizer shards hold {out.numel() - filled} values too few")
+        return out
 
     def _frozen_reference(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in self._frozen.items():
@@ -260,7 +258,7 @@ class DeepSpeedCheckpoint:
             if name not in listed:
                 yield name, value
 
-    def _unflatten_groups(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _unflatten_groups(self) -> Iterator[tuple[str, int, torch.Tensor]]:
         """ZeRO-1 and -2: a parameter group is one vector, cut into equal partitions whose end padding is not saved."""
         ranks = range(self.world_size)
         paddings = self._optimizer(0).get("param_alignment_paddings")
@@ -269,29 +267,26 @@ class DeepSpeedCheckpoint:
             gaps = paddings[index] if paddings else [0] * len(group)
             start = 0
             for (name, shape), gap in zip(group.items(), gaps, strict=True):
-                yield name, self._span(pieces, start, math.prod(shape)).reshape(shape)
+                yield name, 0, self._span(pieces, start, math.prod(shape))
                 start += math.prod(shape) + gap
             spare = sum(piece.numel() for piece in pieces) - start
             if not 0 <= spare < 2 * self.world_size:
                 raise CheckpointError(f"{self.folder}: parameter group {index} has {spare} values left over")
 
-    def _scatter_partitions(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """ZeRO-3, shard by shard: a rank's groups, end to end, split into one slice per parameter."""
+    def _partition_pieces(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """ZeRO-3, shard by shard: a rank's groups, end to end, hold one slice per parameter, filled up at the end."""
         shapes = self._trained()
         widths = [-(-shape.numel() // self.world_size) for shape in shapes.values()]
-        full = {name: torch.empty(width * self.world_size) for name, width in zip(shapes, widths)}
         for rank in range(self.world_size):
-            flat = torch.cat(list(self._optimizer(rank)["fp32_flat_groups"]))
-            if flat.numel() != sum(widths):
-                raise CheckpointError(f"{self.folder}: rank {rank} holds {flat.numel()} values, not {sum(widths)}")
-            for (name, width), part in zip(zip(shapes, widths), flat.split(widths)):
-                full[name][rank * width : (rank + 1) * width] = part
-        for name, shape in shapes.items():
-            yield name, full.pop(name)[: shape.numel()].view(shape)
-
-
-def _stored(value: torch.Tensor) -> StoredTensor:
-    return StoredTensor(value.shape, value.dtype, lambda: value.clone(memory_format=torch.contiguous_format))
+            groups = list(self._optimizer(rank)["fp32_flat_groups"])
+            held = sum(group.numel() for group in groups)
+            if held != sum(widths):
+                raise CheckpointError(f"{self.folder}: rank {rank} holds {held} values, not {sum(widths)}")
+            start = 0
+            for (name, shape), width in zip(shapes.items(), widths):
+                count = min(width, max(shape.numel() - rank * width, 0))
+                yield name, rank * width, self._span(groups, start, count)
+                start += width
 
 
 def _updates(optimizer: dict[str, Any]) -> int:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import torch
 import tbf
 from tbf.errors import CheckpointError, ConfigError, DataError, nearest
 from tbf.export.deepspeed_files import DeepSpeedCheckpoint
+from tbf.export.hf import ARCHITECTURE, write_card, write_hf_files
 from tbf.export.source import CONFIG_META, ExportSource, find_source, read_config
 from tbf.export.ternary import packed_slices, packed_tensors, size_report
 from tbf.export.verify import verify_export
@@ -53,12 +55,13 @@ def export_run(
     force: bool = False,
     config: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    license: str | None = None,
 ) -> Path:
     """Writes the weights of a run, or of one checkpoint, as a folder that `load_pretrained` reads; returns the folder.
 
     The folder appears whole or not at all. `verify` proves it first (see tbf.export.verify) and writes nothing when
     that fails. `force` replaces an earlier export, and nothing else. `config` and `tokenizer` serve checkpoints that
-    lie outside a run folder.
+    lie outside a run folder. `license` is named in the model card of the format hf.
 
     Raises CheckpointError when the checkpoint is damaged, incomplete or not of this model, or when `out` exists;
     ConfigError on an unknown format or a malformed configuration.
@@ -67,6 +70,8 @@ def export_run(
         raise ConfigError(f"export format '{format}' is unknown; {nearest(format, FILE_NAMES)}")
     out = Path(out)
     _check_target(out, force)
+    if license and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", license):
+        raise ConfigError(f"license '{license}' is no identifier; give one as Hugging Face lists them, e.g. apache-2.0")
     source = find_source(checkpoint_or_run, step, config, tokenizer)
     checkpoint = DeepSpeedCheckpoint(source.folder)
     logger.info("reading %s: ZeRO-%d, %d rank(s)", source.folder, checkpoint.stage, checkpoint.world_size)
@@ -80,7 +85,10 @@ def export_run(
         if verify:
             logger.info("verifying in a fresh process")
         report = verify_export(aside, source.folder) if verify else None
-        _write_json(aside / EXPORT_NAME, _provenance(source, checkpoint, format, facts, report))
+        facts = _provenance(source, checkpoint, format, facts, report)
+        _write_json(aside / EXPORT_NAME, facts)
+        if format == "hf":
+            write_card(aside, facts, source.config, license)
         _publish(aside, out)
     except OSError as error:
         where = error.filename or out
@@ -105,6 +113,8 @@ def load_pretrained(folder: str | Path) -> tuple[TormentedBertFrankenstein, Span
         raise CheckpointError(f"{folder} is no export: it has no config.json; {cure}")
     config = read_config(folder / "config.json")
     weights = read_weights(folder)
+    if all(name.startswith("tbf.") for name in weights):  # as the models of tbf.hf save them
+        weights = {name.removeprefix("tbf."): value for name, value in weights.items()}
     model = build_without_drawing(config, packed=weight_format(folder) == "ternary")
     load_strict(model, weights, folder)
     invalidate_ternary()
@@ -121,14 +131,23 @@ def build_without_drawing(config: UltraConfig, *, packed: bool = False) -> Torme
     from tbf.model.packed import pack_layers
 
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            model = TormentedBertFrankenstein(config)
+        model = _shapes_only(config)
         whole = tied_names(model) or {name for name, _ in model.named_buffers()} - model.state_dict().keys()
         if whole:
             model = TormentedBertFrankenstein(config)
     if packed:
         pack_layers(model)
-    return model if whole else model.to_empty(device="cpu")
+    # to_empty would do the same through empty_like, whose meta form makes torch import sympy.
+    return model if whole else model._apply(lambda value: torch.empty(value.shape, dtype=value.dtype, device="cpu"))
+
+
+def _shapes_only(config: UltraConfig) -> TormentedBertFrankenstein:
+    """A model on the meta device."""
+    from tbf.model.encoder import TormentedBertFrankenstein
+    from tbf.model.init import NoDraws
+
+    with torch.device("meta"), NoDraws():
+        return TormentedBertFrankenstein(config)
 
 
 def _load_tokenizer(folder: Path, config: UltraConfig) -> SpanishSPMTokenizer | None:
@@ -157,11 +176,8 @@ def _check_target(out: Path, force: bool) -> None:
 
 def _write(aside: Path, source: ExportSource, checkpoint: DeepSpeedCheckpoint, format: str) -> dict[str, Any]:
     """Writes weights, configuration and tokenizer; returns the sizes of what was written."""
-    from tbf.model.encoder import TormentedBertFrankenstein
-
     tensors = checkpoint.weights()
-    with torch.device("meta"):  # shapes only, so that a wrong config is found before anything is written
-        model = TormentedBertFrankenstein(source.config)
+    model = _shapes_only(source.config)  # so that a wrong config is found before anything is written
     check_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, source.folder)
     facts: dict[str, Any] = {"parameters": model.num_parameters()}
     if format == "ternary":
@@ -172,7 +188,8 @@ def _write(aside: Path, source: ExportSource, checkpoint: DeepSpeedCheckpoint, f
     if needed > free:
         raise CheckpointError(f"the export needs {needed / 1e9:.2f} GB and {aside.parent} has {free / 1e9:.2f} GB free")
     write_weights(aside, tensors, format)
-    meta = ("tbf", ["TormentedBertFrankenstein"], FORMAT_VERSION, tbf.__version__)
+    architecture = ARCHITECTURE if format == "hf" else "TormentedBertFrankenstein"
+    meta = ("tbf", [architecture], FORMAT_VERSION, tbf.__version__)
     _write_json(aside / "config.json", {**dict(zip(CONFIG_META, meta)), **source.config.to_dict()})
     if source.tokenizer:
         from tbf.data.tokenizer import SpanishSPMTokenizer
@@ -182,6 +199,8 @@ def _write(aside: Path, source: ExportSource, checkpoint: DeepSpeedCheckpoint, f
         except DataError as error:
             raise CheckpointError(f"the tokenizer of the run cannot be copied: {error}") from None
         _load_tokenizer(aside, source.config)  # refuses one of another vocabulary
+    if format == "hf":
+        write_hf_files(aside, source)
     return {**facts, "weight_bytes": needed}
 
 
@@ -211,7 +230,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _publish(aside: Path, out: Path) -> None:
     """Makes the finished folder appear at `out` in one rename, after its files have reached the disk."""
-    for path in [*aside.iterdir(), aside]:
+    for path in [*aside.rglob("*"), aside]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -7,6 +7,7 @@ its `latest` file), which needs `--config`. Everything here works alone, so that
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 from dataclasses import dataclass
@@ -154,6 +155,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds no settings; give a run's config.yaml or an export's config.json")
     if isinstance(content.get("model"), dict):
         return content
+    if "transformers_version" in content:  # saved by transformers, among settings of its own
+        names = {field.name for field in dataclasses.fields(UltraConfig)}
+        return {"model": {key: value for key, value in content.items() if key in names}}
     return {"model": {key: value for key, value in content.items() if key not in CONFIG_META}}
 
 
@@ -174,11 +178,21 @@ def _origin(folder: Path, run: Path | None, settings: dict[str, Any]) -> dict[st
         "checkpoint": folder.name,
         "saved_at": manifest.get("saved_at"),
         "versions": manifest.get("versions"),
+        "hardware": _hardware(run / "environment.json") if run else None,
         "tokens": state.get("tokens"),
         "train_loss": _train_loss(run / "metrics.csv", manifest.get("step")) if run else None,
         "val_loss": manifest.get("val_loss"),
         "data": {key: data[key] for key in kept if key in data},
     }
+
+
+def _hardware(environment: Path) -> dict[str, Any] | None:
+    """The machine of the run's last start."""
+    try:
+        start = json.loads(environment.read_text(encoding="utf-8"))[-1]
+        return {key: start[key] for key in ("gpus", "cpu_cores", "host_memory_gb")}
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

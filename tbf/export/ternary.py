@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tbf.errors import ConfigError
-from tbf.export.deepspeed_files import StoredTensor
+from tbf.export.stored import StoredTensor
 from tbf.model.packed import ternary_layers
 from tbf.ops.ternary_pack import pack_weight, packed_width
 

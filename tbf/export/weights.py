@@ -18,10 +18,12 @@ from torch import nn
 from tqdm import tqdm
 
 from tbf.errors import CheckpointError
-from tbf.export.deepspeed_files import StoredTensor, load_file
+from tbf.export.deepspeed_files import load_file
+from tbf.export.stored import StoredTensor, release
 
 FILE_NAMES = {
     "safetensors": "model.safetensors",
+    "hf": "model.safetensors",
     "torch": "pytorch_model.pt",
     "ternary": "model.ternary.safetensors",
 }
@@ -85,17 +87,20 @@ def weight_format(folder: Path) -> str:
     for format, name in FILE_NAMES.items():
         if (folder / name).is_file() or (folder / f"{name}{_INDEX}").is_file():
             return format
-    raise CheckpointError(f"{folder} holds no {' or '.join(FILE_NAMES.values())}; export the run again")
+    raise CheckpointError(f"{folder} holds no {' or '.join(dict.fromkeys(FILE_NAMES.values()))}; export the run again")
 
 
 def load_strict(model: nn.Module, weights: Mapping[str, torch.Tensor], where: Path) -> None:
     """Loads every weight and buffer, ties included. Raises CheckpointError that names the first that does not fit."""
     with_ties = {**weights, **{alias: weights[name] for alias, name in tied_names(model).items() if name in weights}}
     check_shapes(model, {name: value.shape for name, value in weights.items()}, where)
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() != with_ties[name].is_floating_point():
-            raise CheckpointError(f"{where}: '{name}' is {with_ties[name].dtype}, the model's is {value.dtype}")
-    model.load_state_dict(with_ties, strict=True)
+    targets = model.state_dict()
+    for name, target in targets.items():
+        if target.is_floating_point() != with_ties[name].is_floating_point():
+            raise CheckpointError(f"{where}: '{name}' is {with_ties[name].dtype}, the model's is {target.dtype}")
+    for name, target in targets.items():
+        target.copy_(with_ties[name])
+        release(with_ties[name])
 
 
 def check_shapes(model: nn.Module, shapes: Mapping[str, torch.Size], where: Path) -> None:

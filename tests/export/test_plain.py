@@ -246,6 +246,17 @@ def test_a_loaded_model_computes_what_the_saved_one_did(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_the_converter_is_spared_torchs_decompositions() -> None:
+    """Drawing into meta tensors would import sympy, a fifth of the memory that a conversion needs."""
+    program = (
+        "import sys\nfrom tbf import UltraConfig\nfrom tbf.export.plain import build_without_drawing\n"
+        "from tests.helpers.runs import TINY\nbuild_without_drawing(UltraConfig(vocab_size=99, **TINY['model']))\n"
+        "sys.exit('sympy' in sys.modules)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", program], env=env).returncode == 0
+
+
 def test_broken_exports_are_refused(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     good = write_export(tmp_path / "good", tokenizer)
@@ -308,7 +319,7 @@ def test_converter_refuses_wrong_usage(repo_root: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(repo_root / "tools" / "convert_ckpt.py")]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True)
     assert "python tools/convert_ckpt.py runs/mini-1 exported" in shown.stdout
-    assert "{safetensors,torch,ternary}" in shown.stdout
+    assert "{safetensors,torch,hf,ternary}" in shown.stdout
     for arguments, code in [(["x", "out", "--format", "onnx"], 2), ([str(tmp_path), str(tmp_path / "out")], 4)]:
         done = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert done.returncode == code

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tbf.errors import CheckpointError, ConfigError
-from tbf.export.deepspeed_files import StoredTensor
 from tbf.export.plain import build_without_drawing, export_run, load_pretrained
+from tbf.export.stored import StoredTensor
 from tbf.export.ternary import packed_slices, packed_tensors, size_report
 from tbf.export.weights import read_weights, write_weights
 from tbf.model.encoder import TormentedBertFrankenstein

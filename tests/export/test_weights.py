@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tbf.errors import CheckpointError
-from tbf.export.deepspeed_files import StoredTensor
+from tbf.export.stored import StoredTensor
 from tbf.export.weights import load_strict, read_weights, tied_names, write_weights
 from tests.export.toy import ToyNet
 

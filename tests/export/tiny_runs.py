@@ -9,7 +9,7 @@ import torch
 
 from tbf.config import RunConfig
 from tbf.data.tokenizer import SpanishSPMTokenizer
-from tbf.export.deepspeed_files import StoredTensor
+from tbf.export.stored import StoredTensor
 from tbf.export.weights import write_weights
 from tbf.model.config import UltraConfig
 from tbf.model.encoder import TormentedBertFrankenstein
@@ -29,9 +29,9 @@ def tiny_config(tokenizer: SpanishSPMTokenizer, **changes: Any) -> UltraConfig:
     return UltraConfig(vocab_size=tokenizer.vocab_size, **{**SHAPE, **changes})
 
 
-def tiny_model(tokenizer: SpanishSPMTokenizer) -> TormentedBertFrankenstein:
+def tiny_model(tokenizer: SpanishSPMTokenizer, **changes: Any) -> TormentedBertFrankenstein:
     torch.manual_seed(1)
-    return TormentedBertFrankenstein(tiny_config(tokenizer)).eval()
+    return TormentedBertFrankenstein(tiny_config(tokenizer, **changes)).eval()
 
 
 def save_run(rank: int, world_size: int, run_dir: Path, stage: int, config: UltraConfig) -> dict[int, dict]:
@@ -72,9 +72,9 @@ def save_run_files(run_dir: Path, config: UltraConfig, tokenizer: SpanishSPMToke
     (run_dir / "metrics.csv").write_text("\n".join(["step,loss,lr", *rows]) + "\n", encoding="utf-8")
 
 
-def write_export(folder: Path, tokenizer: SpanishSPMTokenizer) -> Path:
+def write_export(folder: Path, tokenizer: SpanishSPMTokenizer, **changes: Any) -> Path:
     """An export of an untrained model."""
-    model = tiny_model(tokenizer)
+    model = tiny_model(tokenizer, **changes)
     tensors = {n: StoredTensor(value.shape, value.dtype, value.clone) for n, value in model.state_dict().items()}
     tokenizer.save_pretrained(folder)
     write_weights(folder, tensors, "safetensors")
