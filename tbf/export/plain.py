@@ -131,7 +131,7 @@ def build_without_drawing(config: UltraConfig, *, packed: bool = False) -> Torme
     from tbf.model.packed import pack_layers
 
     with torch.random.fork_rng(devices=[]):
-        model = _shapes_only(config)
+        model = shapes_only(config)
         whole = tied_names(model) or {name for name, _ in model.named_buffers()} - model.state_dict().keys()
         if whole:
             model = TormentedBertFrankenstein(config)
@@ -141,7 +141,7 @@ def build_without_drawing(config: UltraConfig, *, packed: bool = False) -> Torme
     return model if whole else model._apply(lambda value: torch.empty(value.shape, dtype=value.dtype, device="cpu"))
 
 
-def _shapes_only(config: UltraConfig) -> TormentedBertFrankenstein:
+def shapes_only(config: UltraConfig) -> TormentedBertFrankenstein:
     """A model on the meta device."""
     from tbf.model.encoder import TormentedBertFrankenstein
     from tbf.model.init import NoDraws
@@ -177,7 +177,7 @@ def _check_target(out: Path, force: bool) -> None:
 def _write(aside: Path, source: ExportSource, checkpoint: DeepSpeedCheckpoint, format: str) -> dict[str, Any]:
     """Writes weights, configuration and tokenizer; returns the sizes of what was written."""
     tensors = checkpoint.weights()
-    model = _shapes_only(source.config)  # so that a wrong config is found before anything is written
+    model = shapes_only(source.config)  # so that a wrong config is found before anything is written
     check_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, source.folder)
     facts: dict[str, Any] = {"parameters": model.num_parameters()}
     if format == "ternary":

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -255,6 +256,27 @@ def test_the_converter_is_spared_torchs_decompositions() -> None:
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", program], env=env).returncode == 0
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch", "ternary"])
+def test_converting_twice_gives_the_same_bytes(runs: Runs, format: str, tmp_path: Path) -> None:
+    first, second = (
+        export_run(runs["zero3"][0], tmp_path / name, format=format, verify=False) for name in ("first", "second")
+    )
+    ours, theirs = contents(first), contents(second)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name] == theirs[name] for name in ours if name != "export.json")  # which holds the time
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ternary.safetensors", "pytorch_model.pt"])
+def test_a_pickle_in_place_of_weights_is_never_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_export(tmp_path / "export", tiny_tokenizer())
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps(Evil()))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="cut short or damaged"):
+        load_pretrained(folder)
+    assert not Path("pwned").exists()
 
 
 def test_broken_exports_are_refused(tmp_path: Path) -> None:
