@@ -28,6 +28,7 @@ def test_the_pages_commands_and_python_run_in_order(runs: dict, repo_root: Path,
         start = {"tbf": [sys.executable, "-m", "tbf.cli"], "python": [sys.executable]}[program]
         done = subprocess.run([*start, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
+        assert ("bytes for each of" in done.stdout) == ("ternary" in line)
     (code,) = (text for language, text in blocks if language == "python")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

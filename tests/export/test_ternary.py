@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -129,14 +127,6 @@ def test_damaged_exports_are_refused(tmp_path: Path, change: object, message: st
     write_weights(folder, stored(weights), "ternary")
     with pytest.raises(CheckpointError, match=message):
         load_pretrained(folder)
-
-
-def test_converter_reports_the_size(runs: dict, repo_root: Path, tmp_path: Path) -> None:
-    arguments = [str(runs["zero2"][0]), str(tmp_path / "out"), "--format", "ternary", "--no-verify"]
-    command = [sys.executable, str(repo_root / "tools" / "convert_ckpt.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "bytes for each of" in done.stdout
 
 
 def test_packed_models_are_built_without_drawing() -> None:
