@@ -149,6 +149,28 @@ class DeepSpeedCheckpoint:
             yield name, 0, value.flatten()
         yield from self._unflatten_groups() if self.stage < 3 else self._partition_pieces()
 
+    def optimizer_values(self, key: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every trained parameter's "fp32" master, "exp_avg" or "exp_avg_sq", whole, one at a time."""
+        if self.stage < 3:
+            shapes = self._trained()
+            yield from ((name, flat.view(shapes[name])) for name, _, flat in self._unflatten_groups(key))
+            return
+        partitions = [self._groups_of(rank, key) for rank in range(self.world_size)]
+        start = 0
+        for name, shape in self._trained().items():
+            yield name, self._lazy(shape, partitions, start).read()
+            start += -(-math.prod(shape) // self.world_size)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates behind the moments; skipped steps do not count."""
+        return _updates(self._optimizer(0))
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The model's persistent buffers."""
+        return dict(self._buffers)
+
     # ---------------------------------------------------------------- opening and checking
 
     def _open(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -258,12 +280,23 @@ class DeepSpeedCheckpoint:
             if name not in listed:
                 yield name, value
 
-    def _unflatten_groups(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+    def _groups_of(self, rank: int, key: str) -> list[torch.Tensor]:
+        """The flat groups of a rank, of the masters or of one of their moments, without the end padding of ZeRO-2."""
+        optimizer = self._optimizer(rank)
+        masters = optimizer["fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"]
+        if key == "fp32":
+            return list(masters)
+        states = _base_states(optimizer)
+        if len(states) != len(masters) or any(key not in state for state in states):
+            raise CheckpointError(f"{self.folder} holds no '{key}' for every parameter group of rank {rank}")
+        return [state[key][: master.numel()] for state, master in zip(states, masters)]
+
+    def _unflatten_groups(self, key: str = "fp32") -> Iterator[tuple[str, int, torch.Tensor]]:
         """ZeRO-1 and -2: a parameter group is one vector, cut into equal partitions whose end padding is not saved."""
-        ranks = range(self.world_size)
+        ranks = [self._groups_of(rank, key) for rank in range(self.world_size)]
         paddings = self._optimizer(0).get("param_alignment_paddings")
         for index, group in enumerate(self._groups):
-            pieces = [self._optimizer(rank)["single_partition_of_fp32_groups"][index] for rank in ranks]
+            pieces = [groups[index] for groups in ranks]
             gaps = paddings[index] if paddings else [0] * len(group)
             start = 0
             for (name, shape), gap in zip(group.items(), gaps, strict=True):
@@ -291,6 +324,12 @@ class DeepSpeedCheckpoint:
 
 def _updates(optimizer: dict[str, Any]) -> int:
     """Optimizer updates behind a shard; equal on every rank of one save."""
+    return next((int(state["step"]) for state in _base_states(optimizer) if "step" in state), 0)
+
+
+def _base_states(optimizer: dict[str, Any]) -> list[dict[str, Any]]:
+    """The wrapped optimizer's state, one entry for each flat group, in their order."""
     base = optimizer.get("base_optimizer_state") or optimizer.get("optimizer_state_dict") or {}
-    states = (base.get("state") or {}).values() if isinstance(base, dict) else base
-    return next((int(state["step"]) for state in states if "step" in state), 0)
+    if not isinstance(base, dict):
+        return list(base)
+    return [state for _, state in sorted((base.get("state") or {}).items())]

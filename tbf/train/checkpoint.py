@@ -133,8 +133,9 @@ class CheckpointStore(CheckpointFolder):
         """Restores weights, optimizer and random generators on every rank; returns the state given to `save`.
 
         `which` is a checkpoint's path (of this or another run), or what `find` takes. Everything is verified first.
-        Raises CheckpointError when the checkpoint is damaged or belongs to another number of ranks, ZeRO stage,
-        optimizer, model or configuration. Under ZeRO-3 only a fresh engine can load.
+        One of another number of ranks, ZeRO stage or optimizer class is converted while it is read, into a fresh
+        engine only: equal but for rounding, instead of bitwise. Raises CheckpointError when the checkpoint is damaged
+        or belongs to another model or configuration.
         """
         from tbf.train.deepspeed_io import engine_facts, load_engine
 
@@ -142,15 +143,33 @@ class CheckpointStore(CheckpointFolder):
         if isinstance(which, int) or str(which) in ("latest", "best") or str(which).isdecimal():
             path = self.find(which)
         manifest = self.verify(path)
-        check_fits(manifest, engine, engine_facts(engine), path, world_size, self.fingerprint)
+        check_fits(manifest, engine, path, self.fingerprint)
+        differing = other_shape(manifest, engine_facts(engine), world_size)
         with ranks.together(f"cannot read {path}"):
             state = json.loads((path / STATE_NAME).read_bytes())
-        load_engine(engine, path)
+        if differing:
+            self._load_reshaped(engine, path, differing)
+        else:
+            load_engine(engine, path)
         with ranks.together(f"cannot read {path}"):
-            load_rng(path / f"rng_rank{rank}.pt")
+            if (path / f"rng_rank{rank}.pt").exists():
+                load_rng(path / f"rng_rank{rank}.pt")
+            else:
+                torch.manual_seed(hash((manifest.step, rank)))  # a rank that was not there before
         if path.resolve().parent == self.root.resolve():
             self._last_step = manifest.step
         return state
+
+    def _load_reshaped(self, engine: Any, path: Path, differing: str) -> None:
+        from tbf.train.reshape import load_reshaped
+
+        logger.warning("%s was saved otherwise (%s): converting it, equal but for rounding", path, differing)
+        problem = None
+        try:
+            load_reshaped(engine, path)
+        except CheckpointError as error:
+            problem = error
+        ranks.raise_together(problem)
 
     def sweep(self) -> None:
         """Removes what a killed save or deletion left behind. Only for the process that owns the run folder."""
@@ -271,21 +290,8 @@ class CheckpointStore(CheckpointFolder):
         remove_folder(hidden, first=MANIFEST_NAME)
 
 
-def check_fits(
-    manifest: Manifest, engine: Any, facts: EngineFacts, path: Path, world_size: int, fingerprint: str
-) -> None:
-    """Raises CheckpointError when this engine cannot continue from the checkpoint at `path`, with the cure."""
-    restart = f"or export its weights (tools/convert_ckpt.py {path} OUT) and start a new run from them"
-    if manifest.world_size != world_size:
-        raise CheckpointError(
-            f"{path} was saved by {manifest.world_size} ranks and this run has {world_size}; "
-            f"start {manifest.world_size} ranks, {restart}"
-        )
-    if manifest.zero_stage != facts.zero_stage:
-        raise CheckpointError(
-            f"{path} was saved under ZeRO stage {manifest.zero_stage} and this ds_config asks for "
-            f"{facts.zero_stage}; use a stage {manifest.zero_stage} ds_config, {restart}"
-        )
+def check_fits(manifest: Manifest, engine: Any, path: Path, fingerprint: str) -> None:
+    """Raises CheckpointError when the checkpoint at `path` is of another model or of a run with other data."""
     here, saved = flatten(engine.module.config.to_dict()), manifest.model
     differing = sorted(key for key in here.keys() | saved.keys() if here.get(key) != saved.get(key))
     if differing:
@@ -295,18 +301,22 @@ def check_fits(
             f"{path} belongs to another model ({shown}{more}); resume with that run's own config.yaml as --preset, "
             "or choose another --run-dir"
         )
-    if manifest.optimizer != facts.optimizer:
-        raise CheckpointError(
-            f"{path} holds the state of {manifest.optimizer} and this run uses {facts.optimizer}; use the same "
-            f"offload_optimizer setting (DeepSpeedCPUAdam also needs a C++ compiler), {restart}"
-        )
-    if manifest.layout != facts.layout:
-        raise CheckpointError(
-            f"{path} stores its parameters in another order than this run would read them; use the ds_config of the "
-            f"run (round_robin_gradients, sub_group_size) and tbf {manifest.versions.get('tbf')}, {restart}"
-        )
     if fingerprint and manifest.fingerprint and manifest.fingerprint != fingerprint:
         raise CheckpointError(
             f"{path} belongs to a run with other data settings or another seed; resume with that run's own "
-            f"config.yaml as --preset, {restart}"
+            f"config.yaml as --preset, or export its weights (tools/convert_ckpt.py {path} OUT) and start a new run "
+            "from them"
         )
+
+
+def other_shape(manifest: Manifest, facts: EngineFacts, world_size: int) -> str:
+    """In what this engine stores its state otherwise than the checkpoint; empty: it can take over the files as is."""
+    pairs = [
+        ("rank(s)", manifest.world_size, world_size),
+        ("as ZeRO stage", manifest.zero_stage, facts.zero_stage),
+        ("optimizer", manifest.optimizer, facts.optimizer),
+    ]
+    differing = [f"{what} {there} there, {here} here" for what, there, here in pairs if there != here]
+    if manifest.layout != facts.layout and manifest.zero_stage == facts.zero_stage:
+        differing.append("parameters in another order")
+    return "; ".join(differing)

@@ -118,11 +118,11 @@ def load_engine(engine: Any, folder: Path) -> None:
             raise CheckpointError(f"DeepSpeed could not load {folder}: {_first_line(error)}") from error
     if loaded is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder}; choose another checkpoint with --resume")
-    _replay_bias_correction(engine.optimizer.optimizer)
+    replay_bias_correction(engine.optimizer.optimizer)
     invalidate_ternary()
 
 
-def _replay_bias_correction(optimizer: Any) -> None:
+def replay_bias_correction(optimizer: Any) -> None:
     """Brings the host Adam's powers of beta to where an uninterrupted run has them.
 
     DeepSpeedCPUAdam multiplies them up in C++ from step to step and does not save them; after a load it starts from

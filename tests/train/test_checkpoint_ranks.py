@@ -115,12 +115,6 @@ def resume_each_stage(rank, world_size, root):
         engine = tiny_engine(stage)
         assert CheckpointStore(folder).load(engine, "latest", rank, world_size) == {"step": 3}
         report[stage] = (straight, train(engine, 3))
-    report["refused"] = []
-    for stage, zero in [(3, {}), (2, {"round_robin_gradients": True})]:
-        try:
-            CheckpointStore(root / "2").load(tiny_engine(stage, **zero), "latest", rank, world_size)
-        except CheckpointError as error:
-            report["refused"].append(str(error))
     return report
 
 
@@ -129,5 +123,3 @@ def test_a_resumed_engine_continues_bitwise_under_every_zero_stage(tmp_path):
         for stage in (1, 2, 3):
             straight, resumed = report[stage]
             assert straight == resumed, f"ZeRO-{stage}"
-        assert "asks for 3" in report["refused"][0]
-        assert "round_robin_gradients" in report["refused"][1]

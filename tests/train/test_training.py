@@ -66,6 +66,16 @@ def test_ranks_stages_and_accumulation_give_the_same_losses(straight_fp32, cache
         assert losses(run_dir, column) == pytest.approx(losses(straight_fp32, column), abs=1e-5)
 
 
+def test_a_run_resumes_on_other_ranks_and_another_stage(straight_fp32, cache):
+    """Step 10 of one rank under ZeRO-2, continued by two ranks under ZeRO-3: the same losses to the end."""
+    run_dir, source = cache / "reshaped", straight_fp32 / "checkpoints" / "step-00000010"
+    arguments = ("--preset", write_preset(cache, micro_batch_size=2), "--run-dir", run_dir, "--resume", source)
+    done = train(*arguments, "--set", "model.use_bitnet=false", cache=cache, ranks=2, ds_config=DS_ZERO3)
+    assert "was saved otherwise (rank(s) 1 there, 2 here; as ZeRO stage 2 there, 3 here)" in done.stdout + done.stderr
+    assert len(losses(run_dir)) == 10
+    assert losses(run_dir) == pytest.approx(losses(straight_fp32)[10:], abs=1e-5)
+
+
 def test_two_ranks_follow_one_with_ternary_layers(straight, cache):
     """Sums in another order differ in the last bit, which now and then moves an activation or a weight across a
     rounding boundary: losses agree to that, not to FP32 rounding."""
