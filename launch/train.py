@@ -4,17 +4,19 @@ deepspeed launch/train.py --ds_config ds_configs/p40_zero2.json                 
 deepspeed launch/train.py --ds_config ds_configs/p40_zero2.json --preset frankenstein_2048 --data hf:NAME
 torchrun --nproc_per_node 2 launch/train.py --ds_config ds_configs/p40_zero2.json --run-dir runs/two
 python launch/train.py --ds_config ds_configs/p40_zero2.json --dry-run                # one process, no training
+python launch/train.py --ds_config ds_configs/p40_zero2.json --run-dir runs/long --auto-restart 5   # supervised
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
 
-from tbf.errors import run_program
+from tbf.errors import ConfigError, run_program
 from tbf.train.signals import duration
 
 
@@ -57,6 +59,15 @@ def parse_arguments() -> argparse.Namespace:
         metavar="a.b=c",
         help="override a preset key (repeatable)",
     )
+    add(
+        "--auto-restart",
+        type=int,
+        default=0,
+        metavar="N",
+        help="supervise: start the launcher, and start it again when the run fails, up to N times",
+    )
+    add("--launcher", default="deepspeed", metavar="'CMD ...'", help="what --auto-restart starts (default: deepspeed)")
+    add("--restart-pause", type=duration, default=10.0, metavar="10s", help="before a restart; doubles each time")
     add("--dry-run", action="store_true", help="check everything up to one forward and backward pass, then leave")
     add("--local_rank", "--local-rank", type=int, default=0, help="given by the launcher; ignored")
     return parser.parse_args()
@@ -64,6 +75,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.auto_restart > 0:
+        return supervise_run(arguments)
     from tbf.train.environment import choose_accelerator, discover_process, set_threads, tune_allocator
 
     process = discover_process()
@@ -73,6 +86,21 @@ def main() -> int:
     from tbf.train.run import train
 
     return train(arguments, process, threads, allocator, cpu_reason)
+
+
+def supervise_run(arguments: argparse.Namespace) -> int:
+    """Stands above the launcher instead of training."""
+    from tbf.train.supervisor import supervise, supervised_command
+
+    if "RANK" in os.environ:
+        raise ConfigError(
+            "--auto-restart supervises the launcher: start it with plain `python launch/train.py --auto-restart N`, "
+            "and name the launcher with --launcher 'deepspeed --num_gpus 2'"
+        )
+    if not arguments.run_dir or arguments.resume != "auto":
+        raise ConfigError("--auto-restart needs --run-dir DIR, whose newest checkpoint it continues (--resume auto)")
+    command = supervised_command(sys.argv[1:], arguments.launcher)
+    return supervise(command, Path(arguments.run_dir), arguments.auto_restart, arguments.restart_pause)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,14 @@ class TrainConfig:
     """Returns without getting past the failure after which the run halts with an emergency dump (exit 6)."""
     rollback_lr_factor: float = 1.0
     """Multiplies the learning rate at each return, for the rest of the run; e.g. 0.5."""
+    thermal_soft_c: float = 82.0
+    """Degrees Celsius of a rank's card (by NVML) above which it pauses between steps until it is cooler. A P40 slows
+    itself down in the nineties."""
+    thermal_hard_c: float = 90.0
+    """Degrees above which the run saves and stops."""
+    stall_timeout_s: float = 300.0
+    """Seconds without a sign of a rank's process, or without progress of any rank, after which the run is ended and
+    the rank named (exit 5). Longer than the longest save. 0: never."""
     export_at_end: bool = True
     tensorboard: bool = True
     wandb: bool = False
@@ -152,6 +160,11 @@ class TrainConfig:
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0, e.g. 1e-3")
         _require(self.gradient_clipping > 0, "train.gradient_clipping", self.gradient_clipping, "above 0, e.g. 1.0")
         _require(self.spike_sigmas >= 0, "train.spike_sigmas", self.spike_sigmas, "0 (off) or e.g. 8")
+        _require(
+            0 < self.thermal_soft_c < self.thermal_hard_c, "train.thermal_soft_c", self.thermal_soft_c,
+            f"above 0 and below train.thermal_hard_c ({self.thermal_hard_c:g})",
+        )  # fmt: skip
+        _require(self.stall_timeout_s >= 0, "train.stall_timeout_s", self.stall_timeout_s, "0 (never) or seconds")
         _require(self.spike_window >= 4, "train.spike_window", self.spike_window, "at least 4, e.g. 128")
         _require(self.max_rollbacks >= 0, "train.max_rollbacks", self.max_rollbacks, "0 or more")
         _require(0.0 < self.rollback_lr_factor <= 1.0, "train.rollback_lr_factor", self.rollback_lr_factor, "in (0, 1]")

@@ -37,6 +37,7 @@ from tbf.train.run_folder import choose_run_dir, write_run_files
 from tbf.train.schedule import moving_mask
 from tbf.train.signals import StopRequest
 from tbf.train.trainer import Trainer
+from tbf.train.watchdog import Watchdog
 
 
 def train(arguments: argparse.Namespace, process: ProcessInfo, threads: int, allocator: str, cpu_reason: str) -> int:
@@ -116,8 +117,14 @@ def _train(
             held_out, mask, rows=run.train.eval_rows, micro_batch=run.train.micro_batch_size, **ranks
         ),
         checkpoints=store,
-        callbacks=default_callbacks(run, run_dir, is_main=process.rank == 0),
+        callbacks=default_callbacks(
+            run,
+            run_dir,
+            is_main=process.rank == 0,
+            card_uuid=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "",
+        ),
         stop_request=StopRequest(run_dir, arguments.max_time),
+        watchdog=Watchdog(run_dir, timeout=run.train.stall_timeout_s, **ranks),
         peak_flops=peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
     )
     if resumed is not None:
@@ -125,7 +132,7 @@ def _train(
         say(f"resumed from {resumed} at step {trainer.step}")
     loader.mask = moving_mask(mask, run, trainer.step, loader.cursor, loader.rows_per_step)
     say(f"run folder: {run_dir}")
-    with trainer.stop_request:
+    with trainer.stop_request, trainer.watchdog:
         status = trainer.fit()
     if process.rank == 0:
         export = export_run_folder(run_dir) if status == "done" and run.train.export_at_end else None

@@ -13,7 +13,7 @@ import torch
 
 from tbf.config import RunConfig
 from tbf.data.loader import BatchLoader, EvaluationRows
-from tbf.errors import TrainingHalted
+from tbf.errors import TbfError, TrainingHalted
 from tbf.model.flops import training_flops_per_token
 from tbf.train.callbacks.base import CallbackList, StepMetrics
 from tbf.train.checkpoint import CheckpointStore
@@ -25,6 +25,7 @@ from tbf.train.rollback import roll_back
 from tbf.train.routing import RoutingTotals
 from tbf.train.schedule import learning_rate, loop_count, weight_decay
 from tbf.train.signals import StopRequest
+from tbf.train.watchdog import Watchdog
 
 Batch = dict[str, torch.Tensor]
 
@@ -48,18 +49,22 @@ class Trainer:
         checkpoints: CheckpointStore,
         callbacks: CallbackList,
         stop_request: StopRequest,
+        watchdog: Watchdog,
         peak_flops: float | None = None,
     ) -> None:
         self.config, self.engine, self.device, self.run_dir = config, engine, device, run_dir
         self.rank, self.world_size = process.rank, process.world_size
         self.loader, self.evaluation = loader, evaluation
         self.checkpoints, self.callbacks, self.stop_request = checkpoints, callbacks, stop_request
+        self.watchdog = watchdog
         self.max_steps = config.train.max_steps
         self.guard = Guard(config.train, engine.optimizer)
         self.batches: list[Batch] = []
         """This rank's micro-batches of the current step."""
         self.step = self.tokens = 0
         self.val_loss: float | None = None
+        self.reason = ""
+        """Why the run failed or halted."""
         self.peak_flops = peak_flops
         self._order_guard = GradientOrderGuard(engine.module)
         self._flops_per_token = training_flops_per_token(config.model, config.data.seq_len) if peak_flops else math.nan
@@ -75,20 +80,26 @@ class Trainer:
         status = "failed"
         self.callbacks.on_start(self)
         try:
-            steps = iter(self.loader)
-            while self.step < self.max_steps and not self.stop_request.agreed:
-                self.callbacks.on_step(self, self.train_step(steps))
-                if self.guard.exhausted:
-                    steps.close()
-                    roll_back(self)
-                    steps = iter(self.loader)
+            with self.watchdog.explained():
+                self._train()
             status = "done" if self.step >= self.max_steps else "stopped"
-        except TrainingHalted:
-            status = "halted"
+        except TbfError as error:
+            self.reason = str(error)
+            status = "halted" if isinstance(error, TrainingHalted) else status
             raise
         finally:
             self.callbacks.on_end(self, status)
         return status
+
+    def _train(self) -> None:
+        steps = iter(self.loader)
+        while self.step < self.max_steps and not self.stop_request.agreed:
+            self.callbacks.on_step(self, self.train_step(steps))
+            self.watchdog.here(self.step)
+            if self.guard.exhausted:
+                steps.close()
+                roll_back(self)
+                steps = iter(self.loader)
 
     def train_step(self, steps: Any) -> StepMetrics:
         """One optimizer step over this rank's share of the global batch."""
@@ -109,6 +120,7 @@ class Trainer:
             output = self.engine(**batch, loss_denominator=denominator, num_loops=loops)
             self.engine.backward(nan_if_not_finite(output.loss))
             self._order_guard.check()
+            self.watchdog.here(self.step)
             totals[0] += output.mlm_loss / (self.world_size * len(batches))
             totals[1] += output.masked_correct
             totals[2] += (batch["segment_ids"] > 0).sum()
@@ -142,6 +154,7 @@ class Trainer:
             totals[0] += output.mlm_loss
             totals[1] += output.masked_correct
             totals[2] += count_masked([batch])
+            self.watchdog.here(self.step)
         self.engine.train()
         loss, correct, masked = sum_over_ranks(totals).tolist()
         self.val_loss = loss / masked

@@ -67,7 +67,7 @@ class FakeTrainer:
         self.engine, self.rank, self.world_size, self.is_main = object(), 0, 1, True
         self.checkpoints, self.guard = FakeStore(), SimpleNamespace(healthy=True)
         self.callbacks = callbacks if isinstance(callbacks, CallbackList) else CallbackList(callbacks)
-        self.evaluated = []
+        self.evaluated, self.reason = [], ""
 
     def evaluate(self):
         self.evaluated.append(self.step)

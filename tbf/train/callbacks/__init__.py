@@ -13,13 +13,16 @@ from tbf.train.callbacks.log import TrainLog
 from tbf.train.callbacks.progress import Progress
 from tbf.train.callbacks.status import Status
 from tbf.train.callbacks.tensorboard import TensorBoard
+from tbf.train.callbacks.thermal import ThermalGuard
 from tbf.train.callbacks.wandb import WandB, require_wandb
+from tbf.train.thermal import nvml_reader
 
 __all__ = ["Callback", "CallbackList", "StepMetrics", "default_callbacks"]
 
 
-def default_callbacks(run: RunConfig, run_dir: Path, *, is_main: bool) -> CallbackList:
-    """The callbacks of a run: evaluation, then checkpoints, on every rank; on rank 0 also all that watch.
+def default_callbacks(run: RunConfig, run_dir: Path, *, is_main: bool, card_uuid: str = "") -> CallbackList:
+    """The callbacks of a run: the thermal guard of this rank's card, evaluation, then checkpoints, on every rank; on
+    rank 0 also all that watch.
 
     Raises ConfigError on every rank when Weights & Biases is asked for and not installed.
     """
@@ -36,4 +39,6 @@ def default_callbacks(run: RunConfig, run_dir: Path, *, is_main: bool) -> Callba
             *([WandB(run_dir, train.wandb_project, train.log_every)] if train.wandb else []),
             Progress(train.log_every),
         ]
-    return CallbackList([*monitors, Evaluation(train.eval_every), Checkpointing(train.save_every)])
+    sensor = nvml_reader(card_uuid) if card_uuid else None
+    thermal = [ThermalGuard(sensor, train.thermal_soft_c, train.thermal_hard_c)] if sensor else []
+    return CallbackList([*thermal, *monitors, Evaluation(train.eval_every), Checkpointing(train.save_every)])

@@ -43,6 +43,10 @@ class StepMetrics:
     """Steps of this run so far whose update was not applied."""
     eta_s: float
     """Seconds left."""
+    card_temperature_c: float = math.nan
+    """Of rank 0's card, like the next two; NaN without NVML."""
+    card_power_w: float = math.nan
+    card_clock_mhz: float = math.nan
     loops: int = 1
     """Times that the layers were visited in this step."""
     expert_share_min: float = math.nan

@@ -24,4 +24,4 @@ class Status(Callback):
         self._status.heartbeat(metrics.step)
 
     def on_end(self, trainer: Any, status: str) -> None:
-        self._status.write(status, trainer.step)
+        self._status.write(status, trainer.step, **({"reason": trainer.reason} if trainer.reason else {}))
