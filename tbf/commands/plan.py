@@ -45,10 +45,12 @@ def register(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from tbf.config import load_run_config
+    from tbf.planning.changes import write_up
     from tbf.planning.engine_state import Engine
     from tbf.planning.machine import choose_machine
     from tbf.planning.plan import Planner
-    from tbf.planning.report import report
+    from tbf.planning.report import report, suggestion
+    from tbf.planning.search import suggest, with_cures
     from tbf.train.ds_config import load_ds_config
 
     machine = choose_machine(
@@ -63,6 +65,18 @@ def run(arguments: argparse.Namespace) -> int:
     settings = settings.replace(model={"vocab_size": settings.data.wanted_vocab_size})
     engine = Engine.from_config(resolved.config, resolved.checkpointing.granularity, resolved.checkpointing.on_host)
     planner = Planner(machine, say=lambda text: print(text, file=sys.stderr, flush=True))
-    plan = planner.plan(settings, engine)
-    print(json.dumps(plan.to_dict()) if arguments.json else report(plan, arguments.tokens))
+    plan = with_cures(planner, planner.plan(settings, engine), settings, engine)
+    found = suggest(planner, settings, engine) if arguments.suggest else None
+    if arguments.json:
+        result = plan.to_dict()
+        if found is not None:
+            change, best = found
+            changes = write_up((settings, engine), (change.run, change.engine))
+            result["suggestion"] = {"changes": changes, **best.to_dict()}
+        print(json.dumps(result))
+    else:
+        print(report(plan, arguments.tokens))
+        if arguments.suggest:
+            print()
+            print(suggestion((settings, engine), plan, found))
     return 0 if plan.fits else 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -12,10 +13,13 @@ import torch
 from tbf.config import RunConfig
 from tbf.hardware.cpu_rates import CpuRates, cpu_rates, shared
 from tbf.hardware.devices import CONTEXT_BYTES, Device
+from tbf.model.config import UltraConfig
 from tbf.model.flops import build_meta, parameters_by_part, training_flops_per_token
 from tbf.ops.ternary_backends import TernaryPlan
-from tbf.planning.activations import Activations, activations
+from tbf.ops.ternary_probe import default_plan
+from tbf.planning.activations import Activations, activations, replay
 from tbf.planning.engine_state import Engine, Item, ModelFacts, engine_items, model_facts
+from tbf.planning.estimate import estimate_pieces
 from tbf.planning.timing import StepTime, step_time
 from tbf.planning.traffic import Traffic, step_traffic
 from tbf.planning.visits import PieceTracer, Shape
@@ -128,23 +132,32 @@ class Planner:
 
     def __init__(self, machine: Machine, *, say: Callable[[str], None] = lambda text: None) -> None:
         self.machine = machine
-        self.rates: CpuRates | None = None
-        if not machine.device.on_cuda:
-            self.rates = shared(cpu_rates(machine.threads * machine.gpus), machine.gpus)
         self._tracer = PieceTracer(machine.device.on_cuda, say)
+        self._known: dict[tuple, Any] = {}
+
+    @functools.cached_property
+    def rates(self) -> CpuRates | None:
+        """Of one rank, where the processor trains."""
+        if self.machine.device.on_cuda:
+            return None
+        return shared(cpu_rates(self.machine.threads * self.machine.gpus), self.machine.gpus)
+
+    def estimate(self, run: RunConfig, engine: Engine) -> list[Verdict]:
+        """Verdicts on memory without a trace: in milliseconds, and rough."""
+        config, shape = run.model, largest_shape(run)
+        pieces = estimate_pieces(config, shape, checkpointed=engine.granularity != "none")
+        options = {"loops": most_loops(run), "host_offload": engine.cpu_checkpointing, "gradients_stay": True}
+        pass_ = replay(config, pieces, engine.granularity, **options)
+        items = engine_items(self._once(_facts, config, engine.persistence), engine, self.machine.ranks,
+                             self.machine.device.on_cuda)  # fmt: skip
+        return self._memory_verdicts(items, pass_, run.data.num_workers)
 
     def plan(self, run: RunConfig, engine: Engine) -> Plan:
         """Works out the plan of a run whose train section agrees with `engine`."""
-        machine, config = self.machine, run.model
-        loops = config.num_loops + (1 if run.train.stochastic_loops else 0)
-        rate = max(run.data.mask_rate, run.data.mask_rate_end)
-        shape = Shape(run.train.micro_batch_size, run.data.seq_len, max(1, round(rate * run.data.seq_len)))
-        facts = model_facts(build_meta(config), engine.persistence)
+        machine, config, shape, loops = self.machine, run.model, largest_shape(run), most_loops(run)
+        facts = self._once(_facts, config, engine.persistence)
         stays = engine.stage == 1 and engine.accumulation == 1
-        pass_ = activations(
-            self._tracer, config, shape, self._ternary_plan(config), engine.granularity, loops=loops,
-            host_offload=engine.cpu_checkpointing, gradients_stay=stays,
-        )  # fmt: skip
+        pass_ = self._once(self._activations, config, shape, engine.granularity, loops, engine.cpu_checkpointing, stays)
         items = engine_items(facts, engine, machine.ranks, machine.device.on_cuda)
         traffic = step_traffic(facts, engine, machine.ranks, loops, pass_.host, machine.device.on_cuda)
         seconds = step_time(
@@ -156,22 +169,25 @@ class Planner:
         kept = run.train.keep_last + run.train.keep_best + 1
         tokens = run.train.max_steps * shape.rows * shape.tokens * engine.accumulation * machine.ranks
         data = min(TOKEN_BYTES * tokens, int(run.data.disk_budget_gb * 1e9))
+        parts = self._once(parameters_by_part, config)
+        flops = self._once(training_flops_per_token, config, shape.tokens, shape.slots / shape.tokens)
         plan = Plan(
-            run.preset, machine, engine, shape, parameters_by_part(config), facts, items, pass_, traffic, seconds,
-            training_flops_per_token(config, shape.tokens, rate), checkpoint, kept * checkpoint + data, [],
+            run.preset, machine, engine, shape, parts, facts, items, pass_, traffic, seconds, flops, checkpoint,
+            kept * checkpoint + data, [],
         )  # fmt: skip
-        return replace(plan, verdicts=self._verdicts(plan, run.data.num_workers))
-
-    def _verdicts(self, plan: Plan, workers: int) -> list[Verdict]:
-        machine = self.machine
-        memory = memory_by_place(plan.items, plan.activations, machine.device.on_cuda)
-        host = machine.gpus * (memory["host"] + PROCESS_BYTES + workers * WORKER_BYTES)
-        verdicts = []
-        if machine.device.on_cuda:
-            verdicts.append(Verdict("GPU memory", memory["device"], machine.device.memory))
-        verdicts.append(Verdict("host memory", host, machine.host_memory))
+        verdicts = self._memory_verdicts(items, pass_, run.data.num_workers)
         if machine.disk is not None:
-            verdicts.append(Verdict("disk", plan.disk_bytes + memory["nvme"] * machine.gpus, machine.disk))
+            swapped = machine.gpus * sum(item.bytes for item in items if item.place == "nvme")
+            verdicts.append(Verdict("disk", plan.disk_bytes + swapped, machine.disk))
+        return replace(plan, verdicts=verdicts)
+
+    def _memory_verdicts(self, items: list[Item], pass_: Activations, workers: int) -> list[Verdict]:
+        machine = self.machine
+        memory = memory_by_place(items, pass_, machine.device.on_cuda)
+        host = machine.gpus * (memory["host"] + PROCESS_BYTES + workers * WORKER_BYTES)
+        verdicts = [Verdict("host memory", host, machine.host_memory)]
+        if machine.device.on_cuda:
+            verdicts.insert(0, Verdict("GPU memory", memory["device"], machine.device.memory))
         return verdicts
 
     def _network(self) -> float:
@@ -180,14 +196,41 @@ class Planner:
             return self.machine.network
         return self.machine.device.pcie / 2 if self.machine.device.on_cuda else self.rates.far / 4
 
-    def _ternary_plan(self, config: Any) -> TernaryPlan:
-        from tbf.model.bitlinear import ternary_shapes
-        from tbf.ops.ternary_probe import choose_plan
+    def _activations(
+        self, config: UltraConfig, shape: Shape, granularity: str, loops: int, on_host: bool, stay: bool
+    ) -> Activations:
+        plan = self._ternary_plan()
+        return activations(
+            self._tracer, config, shape, plan, granularity, loops=loops, host_offload=on_host, gradients_stay=stay
+        )
 
+    def _ternary_plan(self) -> TernaryPlan:
         if self.machine.device.on_cuda:
             backend = self.machine.device.int8_backend
             return TernaryPlan(backend, backend)
-        return choose_plan(torch.device("cpu"), ternary_shapes(build_meta(config)))
+        return default_plan(torch.device("cpu"))
+
+    def _once(self, function: Callable, *arguments: Any) -> Any:
+        """`function(*arguments)`, from memory if it was asked before: a search plans the same model many times."""
+        key = (function.__name__, *arguments)
+        if key not in self._known:
+            self._known[key] = function(*arguments)
+        return self._known[key]
+
+
+def largest_shape(run: RunConfig) -> Shape:
+    """Of any batch of the run."""
+    rate = max(run.data.mask_rate, run.data.mask_rate_end)
+    return Shape(run.train.micro_batch_size, run.data.seq_len, max(1, round(rate * run.data.seq_len)))
+
+
+def most_loops(run: RunConfig) -> int:
+    """Of any step of the run."""
+    return run.model.num_loops + (1 if run.train.stochastic_loops else 0)
+
+
+def _facts(config: UltraConfig, persistence: int) -> ModelFacts:
+    return model_facts(build_meta(config), persistence)
 
 
 def memory_by_place(items: list[Item], pass_: Activations, on_cuda: bool) -> dict[str, int]:

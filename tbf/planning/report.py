@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tbf.config import RunConfig
 from tbf.hardware.devices import CONTEXT_BYTES
+from tbf.planning.changes import Change, write_up
+from tbf.planning.engine_state import Engine
 from tbf.planning.plan import FRAGMENTATION, Plan, Verdict, memory_by_place
+from tbf.planning.search import NO_CURE
 
 _WHEN = {"pass": "in each pass", "reduce": "while gradients are reduced", "step": "in the optimizer step",
          "start": "while starting"}  # fmt: skip
@@ -106,3 +110,15 @@ def _verdict(verdict: Verdict) -> str:
     state = "fits" if verdict.fits else "DOES NOT FIT"
     line = f"{verdict.resource}: {state}, {verdict.needed / 1e9:.2f} of {verdict.available / 1e9:.2f} GB"
     return f"{line}; {verdict.cure}" if verdict.cure else line
+
+
+def suggestion(old: tuple[RunConfig, Engine], plan: Plan, found: tuple[Change, Plan] | None) -> str:
+    """The fastest settings that fit, and the lines to change."""
+    if found is None:
+        return f"suggestion: {NO_CURE}"
+    change, best = found
+    gain = f", {plan.time.total / best.time.total:.2f} x as fast" if plan.fits else ""
+    lines = [f"suggestion: {change.summary}: {best.time.total:.3g} s a step{gain}"]
+    lines += [f"  {line}" for line in write_up(old, (change.run, change.engine))]
+    lines += [f"  {_verdict(verdict)}" for verdict in best.verdicts]
+    return "\n".join(lines)
