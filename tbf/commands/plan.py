@@ -19,7 +19,7 @@ EXAMPLES = """\
 def register(verbs: Any) -> None:
     parser = add_verb(
         verbs, "plan", run, summary="predict a run's memory, traffic and time", examples=EXAMPLES,
-        about="Leaves 5 when it does not fit. The numbers and how well they hold: docs/planning.md.",
+        about="Leaves 5 when it does not fit.",
     )  # fmt: skip
     add = parser.add_argument
     add("preset", metavar="NAME|FILE.yaml", help="shipped preset or a file")
