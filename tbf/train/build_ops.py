@@ -111,10 +111,13 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 def _put_ninja_on_path() -> None:
-    """ninja comes as a Python package, so it lies beside the interpreter even when its folder is not on PATH."""
-    beside = Path(sys.executable).parent
-    if shutil.which("ninja") is None and (beside / "ninja").exists():
-        os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
+    """The ninja beside the interpreter comes first, also where ssh or a batch system gives another PATH.
+
+    It is a dependency of ours. Another release finds its own log in the cache unreadable and would compile anew.
+    """
+    beside, path = Path(sys.executable).parent, os.environ.get("PATH", "")
+    if (beside / "ninja").exists() and path.partition(os.pathsep)[0] != str(beside):
+        os.environ["PATH"] = f"{beside}{os.pathsep}{path}"
 
 
 def main() -> int:

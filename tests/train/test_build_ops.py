@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -103,3 +104,14 @@ def test_nvme_offload_without_libaio_is_refused(monkeypatch, builder):
 def test_nvme_offload_with_libaio_passes(monkeypatch):
     use(monkeypatch, SimpleNamespace(is_compatible=lambda verbose: True))
     build_ops.require_async_io()
+
+
+def test_the_ninja_beside_the_interpreter_comes_before_the_systems(monkeypatch, tmp_path):
+    """A login over ssh has another PATH; a second ninja would compile everything again."""
+    (tmp_path / "python").touch()
+    (tmp_path / "ninja").touch()
+    monkeypatch.setattr(build_ops.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    for _ in range(2):
+        build_ops._put_ninja_on_path()
+    assert os.environ["PATH"] == f"{tmp_path}{os.pathsep}/usr/bin"

@@ -1,0 +1,92 @@
+"""Training jobs on the machines of a lab, started as launch/multi_node.md says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from tests.helpers.runs import DS_ZERO2, ROOT, TINY
+from tests.multinode.lab import Lab, settings
+
+TRAIN = ROOT / "launch" / "train.py"
+PORT = 29500
+
+
+class Job:
+    """A started job: one process a host that a person would have typed into, and what they print."""
+
+    def __init__(self, lab: Lab, commands: dict[str, Sequence[object]]) -> None:
+        self.lab = lab
+        self.processes = {host: lab.start(host, command) for host, command in commands.items()}
+        self._texts: dict[str, list[str]] = {host: [] for host in commands}
+        self._readers = [
+            threading.Thread(target=self._read, args=(host, process), daemon=True)
+            for host, process in self.processes.items()
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def output(self) -> str:
+        return "".join(line for texts in self._texts.values() for line in texts)
+
+    def wait(self, timeout: float = 180.0) -> dict[str, int]:
+        """Exit codes by host; the output is kept."""
+        codes = {host: process.wait(timeout) for host, process in self.processes.items()}
+        for reader in self._readers:
+            reader.join(timeout)
+        return codes
+
+    def _read(self, host: str, process: subprocess.Popen) -> None:
+        for line in process.stdout:
+            self._texts[host].append(line)
+
+
+def write_inputs(lab: Lab, slots: int = 1, **train: object) -> Path:
+    """The tiny preset, a hostfile and `.deepspeed_env` in every host's working folder; returns the preset's path."""
+    data = {**TINY["data"], "cache_dir": str(lab.work / "data")}
+    preset = {**TINY, "data": data, "train": {**TINY["train"], **train}}
+    for host in lab.hosts:
+        folder = lab.files(host)
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(preset))
+        (folder / "hostfile").write_text("".join(f"{name} slots={slots}\n" for name in lab.hosts))
+        (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in settings().items()))
+    return lab.work / "tiny.yaml"
+
+
+def program(run_dir: Path, preset: Path, *more: object, ds_config: Path = DS_ZERO2) -> list[object]:
+    return [TRAIN, "--ds_config", ds_config, "--preset", preset, "--run-dir", run_dir, *more]
+
+
+def pdsh(lab: Lab, job: Sequence[object], *options: object) -> Job:
+    return Job(lab, {lab.hosts[0]: ["deepspeed", "--hostfile", "hostfile", *options, *job]})
+
+
+def no_ssh(lab: Lab, job: Sequence[object], *options: object) -> Job:
+    launcher = ["deepspeed", "--hostfile", "hostfile", "--no_ssh", "--master_addr", lab.hosts[0], *options]
+    return Job(lab, {host: [*launcher, "--node_rank", rank, *job] for rank, host in enumerate(lab.hosts)})
+
+
+def torchrun(lab: Lab, job: Sequence[object], *options: object) -> Job:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", len(lab.hosts), "--nproc_per_node", 1]
+    meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{lab.hosts[0]}:{PORT}", "--local_addr"]
+    return Job(
+        lab,
+        {
+            host: [*launcher, *options, "--node_rank", rank, *meet, host, *job]
+            for rank, host in enumerate(lab.hosts)
+        },
+    )  # fmt: skip
+
+
+def openmpi(lab: Lab, job: Sequence[object], *options: object) -> Job:
+    names = ["MASTER_ADDR", "PATH", *settings()]
+    passed = [part for name in names for part in ("-x", f"MASTER_ADDR={lab.hosts[0]}" if name == names[0] else name)]
+    hosts = ",".join(f"{host}:1" for host in lab.hosts)
+    launcher = ["mpirun", "--allow-run-as-root", "--host", hosts, "--map-by", "ppr:1:node", *passed, *options]
+    return Job(lab, {lab.hosts[0]: [*launcher, sys.executable, *job]})
