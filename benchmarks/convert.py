@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import psutil  # noqa: E402
 
-from tbf.system import processor  # noqa: E402
+from tbf.system import processor_name  # noqa: E402
 
 RANKS = 2
 STAGES = (2, 3)
@@ -107,11 +107,6 @@ def measure(parent: Path | None) -> list[dict[str, object]]:
             rows += compare(Path(folder) / f"zero{stage}", stage)
             shutil.rmtree(Path(folder) / f"zero{stage}")
     return rows
-
-
-def processor_name() -> str:
-    lines = processor().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), lines[0])
 
 
 def compare(folder: Path, stage: int) -> Iterator[dict[str, object]]:

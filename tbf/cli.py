@@ -8,13 +8,28 @@ import sys
 from collections.abc import Sequence
 
 import tbf
-from tbf.commands import add_verbs, bench, checkpoints, data, doctor, embed, fill_mask, params, plan, tokenizer
+from tbf.commands import (
+    add_verbs,
+    bench,
+    checkpoints,
+    data,
+    doctor,
+    embed,
+    evaluate,
+    fill_mask,
+    finetune,
+    params,
+    plan,
+    tokenizer,
+)
 from tbf.errors import run_program
 
 EXAMPLES = """\
 examples:
   tbf fill-mask runs/mini-1/export "La capital de España es [MASK]."
   tbf embed runs/mini-1/export --file sentences.txt --out vectors.npy
+  tbf eval runs/mini-1/export held-out.txt
+  tbf finetune runs/mini-1/export eval_es/pos_ud_gsd
   tbf params frankenstein_2048
   tbf doctor
   tbf bench gemm
@@ -24,7 +39,7 @@ plain weights of a run: python tools/convert_ckpt.py runs/mini-1 exported
 
 exit codes: 0 done, 2 wrong usage or config, 3 data, 4 checkpoint or export, 5 hardware, 6 training halted
 """
-VERBS = (fill_mask, embed, tokenizer, data, params, plan, checkpoints, bench, doctor)
+VERBS = (fill_mask, embed, evaluate, finetune, tokenizer, data, params, plan, checkpoints, bench, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -22,6 +22,12 @@ def processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
+def processor_name() -> str:
+    """The processor's model, for people."""
+    first = next((line for line in processor().splitlines() if line.startswith("model name")), "")
+    return first.partition(":")[2].strip() or platform.machine()
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the entries of a folder (names, renames, deletions) are on the disk."""
     handle = os.open(folder, os.O_RDONLY)

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     if out and out.exists() and not arguments.force:
         raise ConfigError(f"--out {out} exists; pass --force to replace it, or choose another name")
     texts = read_texts(arguments.texts, arguments.file, arguments.column)
-    from tbf.commands.exports import load_with_tokenizer
+    from tbf.commands.exports import load_with_tokenizer, training_length
     from tbf.evaluate.embeddings import embed
 
     model, tokenizer = load_with_tokenizer(arguments.model)
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer,
         texts,
         batch_size=arguments.batch_size,
-        max_length=_training_length(Path(arguments.model)) if arguments.max_length is None else arguments.max_length,
+        max_length=training_length(Path(arguments.model)) if arguments.max_length is None else arguments.max_length,
         normalize=arguments.normalize,
         progress=True,
     )
@@ -114,16 +114,6 @@ def _record(line: str, name: str, number: int, column: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{name}, line {number}: '{column}' is {value!r:.60}, not a text")
     return value
-
-
-def _training_length(export: Path) -> int:
-    """Tokens per row that the model was trained on."""
-    from tbf.evaluate.embeddings import MAX_LENGTH
-
-    try:
-        return int(json.loads((export / "export.json").read_text(encoding="utf-8"))["data"]["seq_len"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return MAX_LENGTH
 
 
 def _write_file(out: Path, texts: list[str], vectors: np.ndarray) -> None:

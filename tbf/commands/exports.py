@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tbf.errors import CheckpointError
@@ -19,3 +21,13 @@ def load_with_tokenizer(folder: str) -> tuple[TormentedBertFrankenstein, Spanish
     if tokenizer is None:
         raise CheckpointError(f"{folder} was exported without a tokenizer; export it again with --tokenizer")
     return model, tokenizer
+
+
+def training_length(export: Path) -> int:
+    """Tokens per row that the model was trained on, or what embeddings take when nobody knows."""
+    from tbf.evaluate.embeddings import MAX_LENGTH
+
+    try:
+        return int(json.loads((export / "export.json").read_text(encoding="utf-8"))["data"]["seq_len"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return MAX_LENGTH

@@ -21,8 +21,9 @@ di che è della sono con del nel gli alla anche dei come questo
 der die und den von zu das mit ist des im für nicht ein eine auf dem sich auch
 ou cun non unha polo pola eta ez du bat dira
 """
-_SPANISH = frozenset(_SPANISH_WORDS.split())
-_OTHER = frozenset(_OTHER_WORDS.split()) - _SPANISH
+FUNCTION_WORDS = frozenset(_SPANISH_WORDS.split())
+"""Frequent Spanish words that mean little by themselves, in lower case."""
+_OTHER = frozenset(_OTHER_WORDS.split()) - FUNCTION_WORDS
 
 
 def spanish_score(text: str) -> float:
@@ -32,7 +33,7 @@ def spanish_score(text: str) -> float:
     letters 0. A Latin text without any function word gives 1: nothing speaks against it.
     """
     words = text[:_LOOK_AT].lower().split()
-    spanish = sum(map(_SPANISH.__contains__, words))
+    spanish = sum(map(FUNCTION_WORDS.__contains__, words))
     other = sum(map(_OTHER.__contains__, words))
     if not spanish:
         letters = [letter for letter in text[:_LOOK_AT] if letter.isalpha()]

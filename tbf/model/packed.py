@@ -84,3 +84,8 @@ def pack_layers(model: nn.Module) -> None:
         packed = PackedLinear(layer) if isinstance(layer, BitLinear) else PackedExperts(layer)
         model.set_submodule(name, packed.train(layer.training))
     model.requires_grad_(False)
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether `model` came from a ternary export, and so has no weights to train."""
+    return any(isinstance(module, PackedLayer) for module in model.modules())

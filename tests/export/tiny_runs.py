@@ -10,6 +10,7 @@ import torch
 from tbf.config import RunConfig
 from tbf.data.tokenizer import SpanishSPMTokenizer
 from tbf.export.stored import StoredTensor
+from tbf.export.ternary import packed_slices, packed_tensors
 from tbf.export.weights import write_weights
 from tbf.model.config import UltraConfig
 from tbf.model.encoder import TormentedBertFrankenstein
@@ -72,11 +73,13 @@ def save_run_files(run_dir: Path, config: UltraConfig, tokenizer: SpanishSPMToke
     (run_dir / "metrics.csv").write_text("\n".join(["step,loss,lr", *rows]) + "\n", encoding="utf-8")
 
 
-def write_export(folder: Path, tokenizer: SpanishSPMTokenizer, **changes: Any) -> Path:
+def write_export(folder: Path, tokenizer: SpanishSPMTokenizer, format: str = "safetensors", **changes: Any) -> Path:
     """An export of an untrained model."""
     model = tiny_model(tokenizer, **changes)
     tensors = {n: StoredTensor(value.shape, value.dtype, value.clone) for n, value in model.state_dict().items()}
+    if format == "ternary":
+        tensors = packed_tensors(tensors, packed_slices(model))
     tokenizer.save_pretrained(folder)
-    write_weights(folder, tensors, "safetensors")
+    write_weights(folder, tensors, format)
     model.config.save(folder / "config.json")
     return folder
