@@ -15,6 +15,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +187,7 @@ class CpuVnni(Backend):
     """Our own AVX512-VNNI GEMM: packed operands, scales and both gradient parts inside the GEMM, nothing in int32."""
 
     name = "cpu_vnni"
+    amx = False
     tools: NativeTools
 
     def missing(self, device: torch.device) -> str | None:
@@ -202,7 +204,7 @@ class CpuVnni(Backend):
         return self.tools.pack_columns(values, values.shape[1], TERNARY_ZERO_POINT)
 
     def forward(self, x: Quantised, operand: Tensor, scale: Tensor, out_features: int, in_features: int) -> Tensor:
-        return self.tools.gemm(
+        return self._gemm(
             x, len(x.high), operand, out_features, in_features, zero_point=TERNARY_ZERO_POINT, scale=scale
         )
 
@@ -216,11 +218,26 @@ class CpuVnni(Backend):
         one = torch.ones(())
         dx = dw = None
         if by_row is not None:
-            dx = self.tools.gemm(by_row, m, weight.backward, d, n, zero_point=TERNARY_ZERO_POINT, scale=one)
+            dx = self._gemm(by_row, m, weight.backward, d, n, zero_point=TERNARY_ZERO_POINT, scale=one)
         if by_column is not None:
             tokens = self.tools.pack_columns(x.high, d, INT8_ZERO_POINT)
-            dw = self.tools.gemm(by_column, n, tokens, d, m, zero_point=INT8_ZERO_POINT, scale=one, tiled=True)
+            dw = self._gemm(by_column, n, tokens, d, m, zero_point=INT8_ZERO_POINT, scale=one, tiled=True)
         return dx, dw
+
+    def _gemm(self, *arguments: Any, **options: Any) -> Tensor:
+        return self.tools.gemm(*arguments, amx=self.amx, **options)
+
+
+class CpuAmx(CpuVnni):
+    """The same operands and the same results in AMX tiles."""
+
+    name = "cpu_amx"
+    amx = True
+
+    def missing(self, device: torch.device) -> str | None:
+        return super().missing(device) or (
+            None if self.tools.has_amx else "needs AMX, and the system's leave to use it"
+        )
 
 
 class CudaIntMm(IntegerBackend):
@@ -280,7 +297,7 @@ class CudaDp4a(Backend):
 
 
 BACKENDS: dict[str, type[Backend]] = {
-    backend.name: backend for backend in (Backend, CpuInt8, CpuVnni, CudaIntMm, CudaDp4a)
+    backend.name: backend for backend in (Backend, CpuInt8, CpuVnni, CpuAmx, CudaIntMm, CudaDp4a)
 }
 
 

@@ -27,7 +27,7 @@ import torch
 
 from tbf.system import cache_root, processor
 
-SOURCES = ("ternary_cpu.cpp", "ternary_gemm.h")
+SOURCES = ("ternary_cpu.cpp", "ternary_gemm.h", "ternary_amx.h")
 FOLDER = Path(__file__).parent / "csrc"
 # NaN must behave and no product may be fused with a sum: results are compared bit by bit with eager torch.
 FLAGS = [

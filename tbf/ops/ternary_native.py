@@ -16,11 +16,13 @@ from tbf.ops.ternary_build import load_library
 from tbf.ops.ternary_reference import ACTIVATION_EPS, GRADIENT_EPS, WEIGHT_EPS, Quantised, ReferenceTools
 
 PANEL = 16  # rows of the GEMM's right operand that lie together
+PANELS_SPARE = 15 * 64  # bytes behind the right operand that an AMX tile may read, and whose products don't count
 TERNARY_ZERO_POINT, INT8_ZERO_POINT = 1, 128  # what makes the right operand unsigned
 
 _P, _L, _I, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
 _SIGNATURES = {
     "tbf_has_gemm": [],
+    "tbf_has_amx": [],
     "tbf_has_threads": [],
     "tbf_quantise_rows": [_P, _L, _L, _L, _F, _P, _D, _P, _L, _P, _P, _P, _I],
     "tbf_rms_norm_backward": [_P, _P, _L, _L, _L, _P, _P, _P, _P, _I],
@@ -29,7 +31,7 @@ _SIGNATURES = {
     "tbf_pack_columns": [_P, _L, _L, _L, _I, _P, _I],
     "tbf_quantise_gradient": [*[_P] * 4, _I, _L, _P, _F, _I, _P, _P, _L, *[_P] * 5, _I, *[_P] * 3, _I],
     "tbf_scale_products": [_P, _P, _L, _L, _P, _P, _P, _L, _I],
-    "tbf_gemm": [_P, _P, _I, _L, _L, _P, _L, _L, _I, *[_P] * 5, _L, _I],
+    "tbf_gemm": [_P, _P, _I, _L, _L, _P, _L, _L, _I, *[_P] * 5, _L, _I, _I],
 }
 
 
@@ -49,9 +51,10 @@ class NativeTools(ReferenceTools):
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes = arguments
-            function.restype = _I if name in ("tbf_has_gemm", "tbf_has_threads", "tbf_gemm") else None
+            function.restype = _I if name.startswith("tbf_has_") or name == "tbf_gemm" else None
         self._library = library
         self.has_gemm = bool(library.tbf_has_gemm())
+        self.has_amx = bool(library.tbf_has_amx())
 
     def quantise_rows(
         self, x: Tensor, gain: Tensor | None = None, norm_eps: float = 0.0
@@ -117,14 +120,14 @@ class NativeTools(ReferenceTools):
     def pack_rows(self, values: Tensor, zero_point: int) -> Tensor:
         """Packs int8 values [R, K] as the GEMM's right operand, R its output columns."""
         rows, inner = values.shape
-        panels = torch.empty(panels_bytes(rows, inner), dtype=torch.uint8)
+        panels = _empty_panels(rows, inner)
         self._call("tbf_pack_rows", values, rows, inner, values.stride(0), zero_point, panels)
         return panels
 
     def pack_columns(self, values: Tensor, rows: int, zero_point: int) -> Tensor:
         """Packs the first `rows` columns of int8 values [K, >= rows] as the GEMM's right operand."""
         inner = len(values)
-        panels = torch.empty(panels_bytes(rows, inner), dtype=torch.uint8)
+        panels = _empty_panels(rows, inner)
         self._call("tbf_pack_columns", values, inner, rows, values.stride(0), zero_point, panels)
         return panels
 
@@ -139,13 +142,14 @@ class NativeTools(ReferenceTools):
         zero_point: int,
         scale: Tensor,
         tiled: bool = False,
+        amx: bool = False,
     ) -> Tensor:
         """left [rows, inner] times the packed right operand [cols, inner], transposed, scaled: FP32 [rows, cols]."""
         out = torch.empty(rows, cols)
         low = left.high if tiled and left.low_total is not None else left.low
         self._call(
             "tbf_gemm", left.high, low, tiled, rows, 0 if tiled else left.high.stride(0), right, cols, inner,
-            zero_point, left.total, left.low_total, left.scale, scale, out, cols,
+            zero_point, left.total, left.low_total, left.scale, scale, out, cols, amx,
         )  # fmt: skip
         return out
 
@@ -161,12 +165,18 @@ def round_up(n: int, multiple: int) -> int:
 
 def panels_bytes(rows: int, inner: int) -> int:
     """Bytes of a right operand [rows, inner]."""
-    return round_up(rows, PANEL) * round_up(inner, 4)
+    return round_up(rows, PANEL) * round_up(inner, 4) + PANELS_SPARE
 
 
 def tiles_bytes(inner: int, rows: int, low: bool) -> int:
     """Bytes of a tiled left operand [rows, inner], both parts included."""
     return -(-rows // (4 if low else 8)) * round_up(inner, 4) * 8
+
+
+def _empty_panels(rows: int, inner: int) -> Tensor:
+    panels = torch.empty(panels_bytes(rows, inner), dtype=torch.uint8)
+    panels[-PANELS_SPARE:] = 0  # equal weights have equal operands, down to the last byte
+    return panels
 
 
 def _empty_quantised(shape: tuple[int, ...], scales: int, low: bool, whole: bool = False) -> Quantised:
@@ -186,7 +196,10 @@ def _parts(q: Quantised | None, *names: str) -> list[Tensor | None]:
 
 def _c_value(argument: object) -> object:
     if isinstance(argument, Tensor):
-        return argument.data_ptr()
+        address = argument.data_ptr() if argument.device.type == "cpu" else 0
+        if not address and argument.numel():
+            raise ValueError(f"the C++ kernels read CPU memory; got a tensor without it: {argument!r}")
+        return address
     if isinstance(argument, Sequence):
         values = [_c_value(value) for value in argument]
         return ((_P if isinstance(argument[0], Tensor) else _L) * len(values))(*values)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tbf.errors import CheckpointError
-from tbf.ops.ternary_backends import TernaryPlan, TernaryWeight, fastest_tools, get_backend
+from tbf.ops.ternary_backends import TernaryPlan, TernaryWeight, fastest_tools
 
 VALUES = 5
 """Ternary values in a byte."""
@@ -65,7 +65,7 @@ def prepare_packed(
 
     Nothing is quantised anew: the scales are the stored ones. The weights serve inference only (`backward` is empty).
     """
-    backend = get_backend(plan.forward, trits.device.type)
+    backend = plan.backend(plan.forward, trits.device.type)
     stacked = trits.ndim == 3
     return [
         TernaryWeight(

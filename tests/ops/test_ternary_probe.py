@@ -30,7 +30,7 @@ def report(**times: float) -> ProbeReport:
 
 def test_exact_backends_are_timed_and_the_verdict_is_kept(monkeypatch):
     first = probe_ternary(CPU, TINY)
-    assert {row.backend for row in first.rows} <= {"fp32", "cpu_int8", "cpu_vnni"}
+    assert {row.backend for row in first.rows} <= {"fp32", "cpu_int8", "cpu_vnni", "cpu_amx"}
     assert all(row.reason is None and row.ms > 0 for row in first.rows)
     monkeypatch.setattr(probe, "time_backends", lambda *_: pytest.fail("timed again"))
     assert probe_ternary(CPU, TINY) == first

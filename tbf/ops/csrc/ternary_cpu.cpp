@@ -2,7 +2,7 @@
 //
 // Plain C ABI, no torch headers: it builds in seconds and is called through ctypes. Every function takes the number of
 // threads. The quantisers are ordinary loops that the compiler vectorises; only the GEMM is written in intrinsics, and
-// only for AVX512-VNNI (tbf_has_gemm says whether it was built).
+// only for AVX512-VNNI and for AMX (tbf_has_gemm and tbf_has_amx say whether they can serve).
 //
 // Shapes: M rows (tokens), N output features, D input features, K the inner dimension of a GEMM, all counted in
 // elements. "Four-groups" are 4 neighbours along K, which one VNNI instruction multiplies and adds: K4 = ceil(K / 4).
@@ -25,6 +25,7 @@
 #include <omp.h>
 #endif
 
+#include "ternary_amx.h"
 #include "ternary_gemm.h"
 
 namespace {
@@ -182,6 +183,12 @@ void fill_tiles(const float* x, int64_t ld, int64_t rows, int64_t columns, const
 extern "C" {
 
 int tbf_has_gemm() { return TBF_GEMM; }
+
+#if TBF_AMX
+int tbf_has_amx() { return may_use_amx(); }
+#else
+int tbf_has_amx() { return 0; }
+#endif
 
 #ifdef _OPENMP
 int tbf_has_threads() { return 1; }
@@ -454,20 +461,24 @@ void tbf_scale_products(const int32_t* high, const int32_t* low, int64_t rows, i
 //
 // left: high, low int8 [M, ldl] (ldl at least 4 ceil(K / 4)), or tiles when `tiled`; `low` is null for one part (tiles
 // hold both parts, then `low` only has to be non-null). sum, low_sum [M]: row sums of left, which undo the zero point.
-// right: panels over N. Returns 0, or 1 when this build holds no GEMM.
+// right: panels over N, with 960 readable bytes behind them for AMX. `amx`: in AMX tiles, where
+// tbf_has_amx says so. Returns 0, or 1 when this build holds no GEMM.
 int tbf_gemm(const int8_t* high, const int8_t* low, int tiled, int64_t rows, int64_t ldl, const uint8_t* right,
              int64_t cols, int64_t inner, int zero_point, const int32_t* sum, const int32_t* low_sum,
-             const float* row_scale, const float* scale, float* out, int64_t ldo, int threads) {
+             const float* row_scale, const float* scale, float* out, int64_t ldo, int amx, int threads) {
 #if TBF_GEMM
-  const Epilogue e{zero_point, sum, low_sum, row_scale, *scale, out, ldo, cols};
-  if (low)
-    gemm<true>(high, low, tiled != 0, rows, ldl, right, inner, e, threads);
-  else
-    gemm<false>(high, low, tiled != 0, rows, ldl, right, inner, e, threads);
+  const Epilogue e{zero_point, sum, low_sum, row_scale, *scale, out, ldo, cols, rows * cols * 4 > kStreamBytes};
+#if TBF_AMX
+  if (amx && inner > 0) {
+    (low ? gemm_amx<true> : gemm_amx<false>)(high, low, tiled != 0, rows, ldl, right, inner, e, threads);
+    return 0;
+  }
+#endif
+  (low ? gemm<true> : gemm<false>)(high, low, tiled != 0, rows, ldl, right, inner, e, threads);
   return 0;
 #else
   (void)high, (void)low, (void)tiled, (void)rows, (void)ldl, (void)right, (void)cols, (void)inner, (void)zero_point;
-  (void)sum, (void)low_sum, (void)row_scale, (void)scale, (void)out, (void)ldo, (void)threads;
+  (void)sum, (void)low_sum, (void)row_scale, (void)scale, (void)out, (void)ldo, (void)amx, (void)threads;
   return 1;
 #endif
 }

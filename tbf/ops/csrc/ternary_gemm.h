@@ -20,6 +20,7 @@
 namespace {
 
 constexpr int64_t kPanel = 16;
+constexpr int64_t kStreamBytes = 16 << 20;
 constexpr float kLowStep = 254.0f;  // the low part counts in 1/254 of the high part's step
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -39,7 +40,27 @@ struct Epilogue {
   float scale;
   float* out;
   int64_t ldo, cols;
+  bool stream;  // past the caches: `out` is larger than they are
 };
+
+// out[m, n..n + 15] from the sums of a row's parts.
+template <bool LOW>
+inline void finish(__m512i high, __m512i low, int64_t m, int64_t n, const Epilogue& e) {
+  const auto value = [&](__m512i sums, const int32_t* total) {
+    const uint32_t offset = static_cast<uint32_t>(total[m]) * static_cast<uint32_t>(e.zero_point);
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(static_cast<int32_t>(offset))));
+  };
+  __m512 v = value(high, e.sum);
+  if (LOW) v = _mm512_add_ps(v, _mm512_mul_ps(value(low, e.low_sum), _mm512_set1_ps(1.0f / kLowStep)));
+  v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(e.row_scale[m])), _mm512_set1_ps(e.scale));
+  const int64_t left_over = e.cols - n;
+  const __mmask16 mask = left_over >= kPanel ? 0xffff : static_cast<__mmask16>((1u << left_over) - 1);
+  float* to = e.out + m * e.ldo + n;
+  if (e.stream && mask == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+    _mm512_stream_ps(to, v);
+  else
+    _mm512_mask_storeu_ps(to, mask, v);
+}
 
 // out[m0.., n0..] for 8 left rows (or 4 high and 4 low ones, `LOW`) and W panels.
 template <int W, bool LOW>
@@ -68,24 +89,9 @@ inline void multiply_tile(const int8_t* const* left, int64_t step, const uint8_t
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     if (i >= rows) break;
-    const int64_t m = m0 + i;
-    const __m512i offset = _mm512_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>(e.sum[m]) * e.zero_point));
-    const __m512 r = _mm512_set1_ps(e.row_scale[m]), s = _mm512_set1_ps(e.scale);
-    float* to = e.out + m * e.ldo + n0;
 #pragma GCC unroll 3
-    for (int j = 0; j < W; ++j) {
-      __m512 v = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[i][j], offset));
-      if (LOW) {
-        const __m512i low_offset =
-            _mm512_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>(e.low_sum[m]) * e.zero_point));
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[i + kTile / 2][j], low_offset));
-        v = _mm512_add_ps(v, _mm512_mul_ps(low, _mm512_set1_ps(1.0f / kLowStep)));
-      }
-      v = _mm512_mul_ps(_mm512_mul_ps(v, r), s);
-      const int64_t left_over = e.cols - n0 - j * kPanel;
-      const __mmask16 mask = left_over >= kPanel ? 0xffff : static_cast<__mmask16>((1u << left_over) - 1);
-      _mm512_mask_storeu_ps(to + j * kPanel, mask, v);
-    }
+    for (int j = 0; j < W; ++j)
+      finish<LOW>(acc[i][j], acc[LOW ? i + kTile / 2 : i][j], m0 + i, n0 + j * kPanel, e);
   }
 }
 
@@ -125,6 +131,7 @@ void gemm(const int8_t* high, const int8_t* low, bool tiled, int64_t rows, int64
           }
         }
       }
+      _mm_sfence();
     }
   }
 }
