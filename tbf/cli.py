@@ -20,6 +20,7 @@ from tbf.commands import (
     finetune,
     params,
     plan,
+    report,
     tokenizer,
 )
 from tbf.errors import run_program
@@ -30,6 +31,7 @@ examples:
   tbf embed runs/mini-1/export --file sentences.txt --out vectors.npy
   tbf eval runs/mini-1/export held-out.txt
   tbf finetune runs/mini-1/export eval_es/pos_ud_gsd
+  tbf report runs/mini-1
   tbf params frankenstein_2048
   tbf doctor
   tbf bench gemm
@@ -39,7 +41,7 @@ plain weights of a run: python tools/convert_ckpt.py runs/mini-1 exported
 
 exit codes: 0 done, 2 wrong usage or config, 3 data, 4 checkpoint or export, 5 hardware, 6 training halted
 """
-VERBS = (fill_mask, embed, evaluate, finetune, tokenizer, data, params, plan, checkpoints, bench, doctor)
+VERBS = (fill_mask, embed, evaluate, finetune, report, tokenizer, data, params, plan, checkpoints, bench, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ ALLOWED = {
     "evaluate": {"errors", "system", "config", "model", "ops", "data", "export", "evaluate"},
     "hf": {"errors", "system", "config", "model", "ops", "data", "hf"},
     "doctor": {"errors", "system", "config", "model", "ops", "hardware", "train", "doctor"},
+    "report": {"errors", "system", "evaluate", "train", "report"},
     "planning": {"errors", "system", "config", "model", "ops", "hardware", "planning"},
     "train": {"errors", "system", "config", "model", "ops", "data", "hardware", "planning"}
     | {"checkpoints", "export", "evaluate", "train"},

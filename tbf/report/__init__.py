@@ -1,0 +1,1 @@
+"""One HTML page that tells what became of a run."""
