@@ -68,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--launcher", default="deepspeed", metavar="'CMD ...'", help="what --auto-restart starts (default: deepspeed)")
     add("--restart-pause", type=duration, default=10.0, metavar="10s", help="before a restart; doubles each time")
+    add("--ignore-plan", action="store_true", help="start even if the plan says that memory will not suffice")
     add("--dry-run", action="store_true", help="check everything up to one forward and backward pass, then leave")
     add("--local_rank", "--local-rank", type=int, default=0, help="given by the launcher; ignored")
     return parser.parse_args()

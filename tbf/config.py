@@ -139,6 +139,8 @@ class TrainConfig:
     stall_timeout_s: float = 300.0
     """Seconds without a sign of a rank's process, or without progress of any rank, after which the run is ended and
     the rank named (exit 5). Longer than the longest save. 0: never."""
+    rehearse: bool = True
+    """Take one step at the largest shape before the first, and drop it: memory that does not suffice shows at once."""
     export_at_end: bool = True
     tensorboard: bool = True
     wandb: bool = False

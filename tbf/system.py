@@ -5,7 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
+
+CGROUPS = ("/sys/fs/cgroup", "/sys/fs/cgroup/memory")
+"""Where a container sees its memory controller: versions 2 and 1."""
+CGROUP_LIMITS = (f"{CGROUPS[0]}/memory.max", f"{CGROUPS[1]}/memory.limit_in_bytes")
 
 
 def cache_root() -> Path:
@@ -38,6 +45,41 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def container_limit(paths: Sequence[str] = CGROUP_LIMITS) -> int | None:
+    """Bytes that the control group allows; None without a limit."""
+    for path in paths:
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < 1 << 60:
+            return int(text)
+    return None
+
+
+def host_memory(cgroups: Sequence[str] = CGROUPS) -> tuple[int, int]:
+    """(bytes of memory, bytes that a process could still take) of this machine, or of the container around us.
+
+    What files occupy in the page cache counts as free.
+    """
+    memory = psutil.virtual_memory()
+    new, old = cgroups
+    limit = container_limit((f"{new}/memory.max", f"{old}/memory.limit_in_bytes"))
+    if limit is None or limit >= memory.total:
+        return memory.total, memory.available
+    free = limit
+    for folder, used, cached in ((new, "memory.current", "inactive_file"),
+                                 (old, "memory.usage_in_bytes", "total_inactive_file")):  # fmt: skip
+        try:
+            statistics = (Path(folder) / "memory.stat").read_text().split()
+            cache = int(statistics[statistics.index(cached) + 1])
+            free = limit - int((Path(folder) / used).read_text()) + cache
+            break
+        except (OSError, ValueError):
+            continue
+    return limit, max(0, min(free, memory.available))
 
 
 def peak_memory() -> int:

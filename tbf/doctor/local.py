@@ -36,12 +36,11 @@ from tbf.model.flops import build_meta
 from tbf.ops.ternary_backends import fastest_tools, get_backend
 from tbf.ops.ternary_nvrtc import nvrtc_version
 from tbf.ops.ternary_probe import choose_plan, device_name
-from tbf.system import cache_root
+from tbf.system import cache_root, container_limit
 from tbf.train.build_ops import extensions_dir
 
 TIME_ERROR = 5  # of adjtimex(2): the clock is not synchronised
 LONGEST_BUILD = 900  # seconds
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class LocalMachine(Machine):
@@ -234,18 +233,6 @@ def merge_gpu(properties: object, seen: dict[str, Gpu]) -> Gpu:
     known = next((gpu for name, gpu in seen.items() if name.removeprefix("GPU-") == uuid.removeprefix("GPU-")), None)
     mine = Gpu(properties.name, (properties.major, properties.minor), properties.total_memory)
     return replace(known, name=mine.name, capability=mine.capability) if known else mine
-
-
-def container_limit(paths: Sequence[str] = CGROUP_LIMITS) -> int | None:
-    """Bytes that the control group allows; None without a limit."""
-    for path in paths:
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < 1 << 60:
-            return int(text)
-    return None
 
 
 def shorten(path: Path) -> str:

@@ -73,6 +73,19 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class MemoryPlan:
+    """What a rank holds, and whether the machine has it."""
+
+    items: list[Item]
+    activations: Activations
+    verdicts: list[Verdict]
+
+    @property
+    def fits(self) -> bool:
+        return all(verdict.fits for verdict in self.verdicts)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `tbf plan` shows. Bytes per rank, unless the name says otherwise; seconds per optimizer step."""
 
@@ -142,23 +155,26 @@ class Planner:
             return None
         return shared(cpu_rates(self.machine.threads * self.machine.gpus), self.machine.gpus)
 
-    def estimate(self, run: RunConfig, engine: Engine) -> list[Verdict]:
-        """Verdicts on memory without a trace: in milliseconds, and rough."""
+    def estimate(self, run: RunConfig, engine: Engine) -> MemoryPlan:
+        """Memory without a trace: in milliseconds, and rough."""
         config, shape = run.model, largest_shape(run)
         pieces = estimate_pieces(config, shape, checkpointed=engine.granularity != "none")
-        options = {"loops": most_loops(run), "host_offload": engine.cpu_checkpointing, "gradients_stay": True}
-        pass_ = replay(config, pieces, engine.granularity, **options)
-        items = engine_items(self._once(_facts, config, engine.persistence), engine, self.machine.ranks,
-                             self.machine.device.on_cuda)  # fmt: skip
-        return self._memory_verdicts(items, pass_, run.data.num_workers)
+        options = {"host_offload": engine.cpu_checkpointing, "gradients_stay": _gradients_stay(engine)}
+        pass_ = replay(config, pieces, engine.granularity, loops=most_loops(run), **options)
+        return self._memory(run, engine, replace(pass_, source="estimated"))
+
+    def memory(self, run: RunConfig, engine: Engine) -> MemoryPlan:
+        """Memory as `plan` has it, without what only time depends on."""
+        options = (engine.granularity, most_loops(run), engine.cpu_checkpointing, _gradients_stay(engine))
+        pass_ = self._once(self._activations, run.model, largest_shape(run), *options)
+        return self._memory(run, engine, pass_)
 
     def plan(self, run: RunConfig, engine: Engine) -> Plan:
         """Works out the plan of a run whose train section agrees with `engine`."""
         machine, config, shape, loops = self.machine, run.model, largest_shape(run), most_loops(run)
         facts = self._once(_facts, config, engine.persistence)
-        stays = engine.stage == 1 and engine.accumulation == 1
-        pass_ = self._once(self._activations, config, shape, engine.granularity, loops, engine.cpu_checkpointing, stays)
-        items = engine_items(facts, engine, machine.ranks, machine.device.on_cuda)
+        memory = self.memory(run, engine)
+        pass_ = memory.activations
         traffic = step_traffic(facts, engine, machine.ranks, loops, pass_.host, machine.device.on_cuda)
         seconds = step_time(
             pass_, facts, engine, traffic, device=machine.device, rates=self.rates, ranks=machine.ranks,
@@ -172,23 +188,25 @@ class Planner:
         parts = self._once(parameters_by_part, config)
         flops = self._once(training_flops_per_token, config, shape.tokens, shape.slots / shape.tokens)
         plan = Plan(
-            run.preset, machine, engine, shape, parts, facts, items, pass_, traffic, seconds, flops, checkpoint,
-            kept * checkpoint + data, [],
+            run.preset, machine, engine, shape, parts, facts, memory.items, pass_, traffic, seconds, flops,
+            checkpoint, kept * checkpoint + data, [],
         )  # fmt: skip
-        verdicts = self._memory_verdicts(items, pass_, run.data.num_workers)
+        verdicts = list(memory.verdicts)
         if machine.disk is not None:
-            swapped = machine.gpus * sum(item.bytes for item in items if item.place == "nvme")
+            swapped = machine.gpus * sum(item.bytes for item in memory.items if item.place == "nvme")
             verdicts.append(Verdict("disk", plan.disk_bytes + swapped, machine.disk))
         return replace(plan, verdicts=verdicts)
 
-    def _memory_verdicts(self, items: list[Item], pass_: Activations, workers: int) -> list[Verdict]:
+    def _memory(self, run: RunConfig, engine: Engine, pass_: Activations) -> MemoryPlan:
         machine = self.machine
+        facts = self._once(_facts, run.model, engine.persistence)
+        items = engine_items(facts, engine, machine.ranks, machine.device.on_cuda)
         memory = memory_by_place(items, pass_, machine.device.on_cuda)
-        host = machine.gpus * (memory["host"] + PROCESS_BYTES + workers * WORKER_BYTES)
+        host = machine.gpus * (memory["host"] + PROCESS_BYTES + run.data.num_workers * WORKER_BYTES)
         verdicts = [Verdict("host memory", host, machine.host_memory)]
         if machine.device.on_cuda:
             verdicts.insert(0, Verdict("GPU memory", memory["device"], machine.device.memory))
-        return verdicts
+        return MemoryPlan(items, pass_, verdicts)
 
     def _network(self) -> float:
         """Between nodes the network decides; between the cards of one, PCIe, over which both directions share."""
@@ -227,6 +245,10 @@ def largest_shape(run: RunConfig) -> Shape:
 def most_loops(run: RunConfig) -> int:
     """Of any step of the run."""
     return run.model.num_loops + (1 if run.train.stochastic_loops else 0)
+
+
+def _gradients_stay(engine: Engine) -> bool:
+    return engine.stage == 1 and engine.accumulation == 1
 
 
 def _facts(config: UltraConfig, persistence: int) -> ModelFacts:

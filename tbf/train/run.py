@@ -33,6 +33,8 @@ from tbf.train.ds_keys import check_nvme, nvme_folders
 from tbf.train.environment import ProcessInfo
 from tbf.train.finish import export_run_folder, print_summary
 from tbf.train.optim import parameter_groups
+from tbf.train.preflight import Preflight
+from tbf.train.rehearsal import rehearse
 from tbf.train.run_folder import choose_run_dir, write_run_files
 from tbf.train.schedule import moving_mask
 from tbf.train.signals import StopRequest
@@ -80,7 +82,13 @@ def _train(
         seed=run.train.seed,
         whole_words=run.data.whole_words,
     )
-    engine = build_engine(run, engine_config, device, say)
+    preflight = Preflight(run, engine_config, process, device)
+    preflight.check(say, ignore=arguments.ignore_plan)
+    with preflight.explained():
+        engine = build_engine(run, engine_config, device, say)
+        if run.train.rehearse and not arguments.dry_run:
+            seconds = rehearse(engine, run, device)
+            say(f"rehearsed a step at the largest shape in {seconds:.1f} s")
     say(f"model: {engine.module.num_parameters():,} parameters; data: {dataset.rows_per_epoch:,} rows of "
         f"{run.data.seq_len} tokens an epoch, {held_out.rows_per_epoch:,} held out; "
         f"global batch {engine.train_batch_size()} rows")  # fmt: skip
@@ -95,7 +103,8 @@ def _train(
         **ranks,
     )
     if arguments.dry_run:
-        return _dry_run(engine, loader, device, say)
+        with preflight.explained():
+            return _dry_run(engine, loader, device, say)
 
     run_dir, resumed = on_rank_0(lambda: choose_run_dir(arguments.run_dir, arguments.resume, run))
     held = contextlib.ExitStack()  # keeps a second process out of the run folder, until this one ends
@@ -126,6 +135,7 @@ def _train(
         stop_request=StopRequest(run_dir, arguments.max_time),
         watchdog=Watchdog(run_dir, timeout=run.train.stall_timeout_s, **ranks),
         peak_flops=peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+        memory=preflight.explained,
     )
     if resumed is not None:
         trainer.load_state_dict(store.load(engine, resumed, **ranks))

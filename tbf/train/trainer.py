@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ Batch = dict[str, torch.Tensor]
 class Trainer:
     """Trains through a DeepSpeed engine until `max_steps`, a stop request or the guard.
 
-    A step is counted whether or not it was applied, so that the data cursor, the schedule and the step agree.
+    A step is counted whether or not it was applied, so that the data cursor, the schedule and the step agree. What
+    ends inside `memory()` for want of memory is explained by it.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Trainer:
         stop_request: StopRequest,
         watchdog: Watchdog,
         peak_flops: float | None = None,
+        memory: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.config, self.engine, self.device, self.run_dir = config, engine, device, run_dir
         self.rank, self.world_size = process.rank, process.world_size
@@ -66,6 +70,7 @@ class Trainer:
         self.reason = ""
         """Why the run failed or halted."""
         self.peak_flops = peak_flops
+        self._memory = memory
         self._order_guard = GradientOrderGuard(engine.module)
         self._flops_per_token = training_flops_per_token(config.model, config.data.seq_len) if peak_flops else math.nan
         self._process = psutil.Process()
@@ -80,7 +85,7 @@ class Trainer:
         status = "failed"
         self.callbacks.on_start(self)
         try:
-            with self.watchdog.explained():
+            with self.watchdog.explained(), self._memory():
                 self._train()
             status = "done" if self.step >= self.max_steps else "stopped"
         except TbfError as error:

@@ -17,10 +17,11 @@ import pytest
 from tbf import cli
 from tbf.doctor import disk, local, sensors
 from tbf.doctor.finding import green, red, yellow
-from tbf.doctor.local import LocalMachine, container_limit, count_cards, merge_gpu, shorten
+from tbf.doctor.local import LocalMachine, count_cards, merge_gpu, shorten
 from tbf.doctor.machine import GIB, Gpu
 from tbf.errors import EngineError
 from tbf.ops import ternary_backends as backends
+from tbf.system import container_limit
 
 
 @pytest.fixture

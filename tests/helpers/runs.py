@@ -104,6 +104,7 @@ def train_here(rank: int, world_size: int, preset: Path, run_dir: Path, *overrid
     arguments = argparse.Namespace(
         preset=str(preset), overrides=list(overrides), ds_config=str(ds_config), data=None, tokenizer=None,
         run_dir=str(run_dir), max_steps=None, max_time=None, resume="auto", dry_run=False,
+        ignore_plan=False,
     )  # fmt: skip
     engine, run = load_ds_config(ds_config, program._run_config(arguments), world_size)
     assert prepare_ops(engine.needs_cpu_adam, lambda text: None)
