@@ -5,15 +5,35 @@ Shapes: `B` batch, `T` tokens, `D` hidden, `F` inner width.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from tbf.model.bitlinear import BitLinear
 from tbf.model.config import UltraConfig
 from tbf.model.segment_info import SegmentInfo
 
 GATED = {"swiglu": F.silu, "geglu": F.gelu}
-PLAIN = {"relu2": lambda x: F.relu(x).square(), "silu": F.silu, "gelu": F.gelu}
+
+
+class _SquaredRelu(torch.autograd.Function):
+    """relu(x)^2 (2109.08668) with one product back, where autograd makes four passes of it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (grad * positive).mul_(2)
+
+
+PLAIN = {"relu2": _SquaredRelu.apply, "silu": F.silu, "gelu": F.gelu}
 
 
 class FeedForward(nn.Module):

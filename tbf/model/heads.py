@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from tbf.model.config import UltraConfig
 from tbf.model.embeddings import TokenTable
@@ -56,11 +57,36 @@ def masked_lm_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float |
     logits [B, M, V], labels [B, M] -> (loss, correct predictions), scalars. In data-parallel training the denominator
     is the mean number of slots per rank and micro-batch, so that each masked token of the global batch weighs the same.
     """
-    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    total, correct = _CrossEntropySum.apply(logits.flatten(0, 1), labels.flatten())
     if denominator is None:
         denominator = (labels != IGNORED).sum().clamp(min=1)
-    correct = (logits.detach().argmax(-1) == labels).sum()
     return total / denominator, correct
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Cross entropy over the filled slots, and how many of them are right: logits [N, V], labels [N] -> two scalars.
+
+    The log-probabilities become the gradient in place: beside the logits, nothing else of size N V exists, where
+    PyTorch's own loss has two more at its peak. A second backward is refused by autograd's version check.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        filled = labels != IGNORED  # [N]
+        at = labels.where(filled, 0)[:, None]  # [N, 1]
+        log_probs = logits.log_softmax(-1)  # [N, V]
+        own = log_probs.gather(1, at)[:, 0]  # [N]
+        correct = ((own == log_probs.amax(-1)) & filled).sum()
+        ctx.save_for_backward(log_probs, at, filled)
+        ctx.mark_non_differentiable(correct)
+        return -own.where(filled, 0).sum(), correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        log_probs, at, filled = ctx.saved_tensors
+        factor = torch.where(filled, grad, 0)[:, None]  # [N, 1]
+        return log_probs.exp_().mul_(factor).scatter_add_(1, at, -factor), None
 
 
 def pool(hidden: Tensor, real: Tensor, pooling: str) -> Tensor:

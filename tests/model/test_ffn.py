@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tbf.model.ffn import FeedForward
+from tbf.model.ffn import PLAIN, FeedForward
 
 FORMULAS = {
     "relu2": lambda a: a.clamp(min=0) ** 2,
@@ -25,3 +25,8 @@ def test_dense_block_follows_its_formula(tiny, activation):
     out, stats = ffn(u, None)
     torch.testing.assert_close(out, inner @ ffn.down_proj.weight.T, rtol=1e-4, atol=1e-5)
     assert stats is None
+
+
+def test_squared_relu_has_the_gradient_of_its_formula():
+    x = torch.tensor([-2.0, -0.5, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(PLAIN["relu2"], x)

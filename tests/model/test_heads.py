@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tbf.errors import ConfigError
-from tbf.model.heads import dense_to_slots, pool
+from tbf.model.heads import dense_to_slots, masked_lm_loss, pool
 
 POSITIONS = torch.tensor([[2, 5, 0], [1, 3, 8]])
 
@@ -75,6 +75,28 @@ def test_loss_denominator_divides_the_sum(model, token_ids, slots):
     mean = model(**inputs).loss
     torch.testing.assert_close(model(**inputs, loss_denominator=10).loss, mean * 5 / 10)
     torch.testing.assert_close(model(**inputs, loss_denominator=torch.tensor(20.0)).loss, mean * 5 / 20)
+
+
+def test_loss_equals_cross_entropy_of_pytorch():
+    logits = torch.randn(2, 3, 11, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[1, -100, 10], [4, 4, -100]])
+    loss, correct = masked_lm_loss(logits, labels, 3.0)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 3
+    torch.testing.assert_close(loss, expected)
+    assert correct == (logits.argmax(-1) == labels).sum()
+    torch.testing.assert_close(
+        *(torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (loss, expected))
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_nan_logits_reach_the_loss():
+    logits = torch.zeros(1, 2, 5)
+    logits[0, 1, 3] = torch.nan
+    loss, correct = masked_lm_loss(logits, torch.tensor([[0, 1]]), None)
+    assert loss.isnan()
+    assert correct == 1
 
 
 def test_a_batch_without_targets_has_zero_loss(model, token_ids):
