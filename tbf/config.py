@@ -197,8 +197,11 @@ class RunConfig:
             "train": dataclasses.asdict(self.train),
         }
 
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        path.write_text(self.to_yaml(), encoding="utf-8")
 
     def replace(self, *, model: Mapping = {}, data: Mapping = {}, train: Mapping = {}) -> RunConfig:
         """Returns a copy with fields of its sections changed."""

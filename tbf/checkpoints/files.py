@@ -41,21 +41,33 @@ class DurableFile:
         self._file: IO[bytes] = path.open("wb")
         self._hash = hashlib.sha256()
         self._bytes = 0
+        self.error: OSError | None = None
+        """Why a write failed; torch.save reports something else."""
 
     def write(self, data: bytes | memoryview) -> int:
         self._hash.update(data)
-        written = self._file.write(data)
+        with self._noting():
+            written = self._file.write(data)
         self._bytes += written
         return written
 
     def flush(self) -> None:
-        self._file.flush()
+        with self._noting():
+            self._file.flush()
 
     def close(self) -> FileRecord:
         with self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
         return FileRecord(self._bytes, self._hash.hexdigest())
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = error
+            raise
 
     def abandon(self) -> None:
         """Closes the handle of a file that could not be finished."""

@@ -64,6 +64,12 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
             sync_folder(path.parent)
 
 
+def sweep(folder: Path) -> None:
+    """Removes what killed calls of `write_bytes` left in a folder; for who holds its lock."""
+    for stale in (*folder.glob(".*.json.*.tmp"), *folder.glob(".*.model.*.tmp")):
+        stale.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
 

@@ -99,6 +99,7 @@ class BatchLoader:
             worker_init_fn=_start_worker if workers else None,
             multiprocessing_context="fork" if workers else None,
             pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # else each start draws from the state that a resumed run's dropout continues
         )
         self._iterator = iter(batches)
         try:

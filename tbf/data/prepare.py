@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tbf.data.cleaning import CleanOptions
-from tbf.data.files import fingerprint, folder_lock
+from tbf.data.files import fingerprint, folder_lock, sweep
 from tbf.data.packing import build_rows
 from tbf.data.plan import PrepareOptions, list_sources, make_plan, parse_sources
 from tbf.data.ramdisk import is_ram_disk, record_ram_dir, recorded_copy
@@ -119,6 +119,7 @@ def _tokenizer_in(
 ) -> SpanishSPMTokenizer:
     """The tokenizer of a folder, trained there if it is missing."""
     with folder_lock(folder, "training a tokenizer", quiet=not options.progress):
+        sweep(folder)
         if not (folder / MODEL_FILE).exists():
             train_tokenizer(sources, folder, vocab_size=vocab_size, options=options)
         return SpanishSPMTokenizer.from_pretrained(folder)

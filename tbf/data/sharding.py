@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tbf.data.duplicates import mark_duplicates
-from tbf.data.files import folder_lock, free_bytes
+from tbf.data.files import folder_lock, free_bytes, sweep
 from tbf.data.plan import PrepareOptions, accept_plan, make_plan, parse_sources
 from tbf.data.readers import read_part
 from tbf.data.shard_writer import ShardWriter
@@ -75,6 +75,9 @@ def prepare(
     plan = make_plan(pairs, tokenizer, options)
     number, count = options.share
     with folder_lock(folder, "preparing data", name=f"prepare-{number}-{count}", quiet=not options.progress):
+        if count == 1:  # else other machines may be writing theirs
+            sweep(folder)
+            sweep(folder / "tokenizer")
         accept_plan(folder, plan)
         if not _holds(folder / "tokenizer", tokenizer):
             tokenizer.save_pretrained(folder / "tokenizer")

@@ -103,9 +103,8 @@ class SpanishSPMTokenizer:
         return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes `tokenizer.model` and `tokenizer_config.json` into `folder`."""
+        """Writes `tokenizer_config.json` and, last, `tokenizer.model` into `folder`."""
         folder = make_folder(Path(folder))
-        write_bytes(folder / MODEL_FILE, self.model)
         config = {
             "tokenizer_class": type(self).__name__,
             "vocab_size": self.vocab_size,
@@ -113,6 +112,7 @@ class SpanishSPMTokenizer:
             "sha256": self.fingerprint,
         }
         write_json(folder / CONFIG_FILE, config)
+        write_bytes(folder / MODEL_FILE, self.model)
         return folder
 
     pad_id, unk_id, cls_id, sep_id, mask_id = range(5)

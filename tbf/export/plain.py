@@ -34,6 +34,7 @@ from tbf.export.weights import (
     write_weights,
 )
 from tbf.model.config import UltraConfig
+from tbf.system import exchange, sync_folder
 
 if TYPE_CHECKING:
     from tbf.data.tokenizer import SpanishSPMTokenizer
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 EXPORT_NAME = "export.json"
+_REPLACED = ".replaced"
 
 
 def export_run(
@@ -79,7 +81,7 @@ def export_run(
         raise CheckpointError(f"{source.folder} has no optimizer shards to verify against; pass --no-verify")
     aside = out.absolute().parent / f".{out.name}.partial-{platform.node()}-{os.getpid()}"
     try:
-        _sweep(aside)
+        _sweep(aside, out)
         aside.mkdir(parents=True)
         facts = _write(aside, source, checkpoint, format)
         if verify:
@@ -238,21 +240,26 @@ def _publish(aside: Path, out: Path) -> None:
             os.close(handle)
     if not out.exists():
         aside.rename(out)
-        return
-    old = aside.with_name(f"{aside.name}.replaced")
-    out.rename(old)
-    try:
-        aside.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    elif not exchange(aside, out):
+        old = aside.with_name(f"{aside.name}{_REPLACED}")
+        out.rename(old)
+        try:
+            aside.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    sync_folder(out.absolute().parent)
 
 
-def _sweep(aside: Path) -> None:
-    """Removes what killed exports to the same place left beside it, on this machine."""
+def _sweep(aside: Path, out: Path) -> None:
+    """Removes what killed exports to the same place left beside it, on this machine; puts back what they had moved."""
     stem = aside.name.rpartition("-")[0]
     for leftover in aside.parent.glob(f"{glob.escape(stem)}-*"):
-        pid = leftover.name.removeprefix(f"{stem}-")
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+        pid = leftover.name.removeprefix(f"{stem}-").removesuffix(_REPLACED)
+        if not pid.isdecimal() or psutil.pid_exists(int(pid)):
+            continue
+        if leftover.name.endswith(_REPLACED) and not out.exists():
+            leftover.rename(out)
+        else:
             shutil.rmtree(leftover, ignore_errors=True)

@@ -43,14 +43,17 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
         self.problem: str | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
-        target = Path(path)
+        target, cause = Path(path), None
         try:
             with durable_file(target) as handle:
-                torch.save(state_dict, handle)
+                try:
+                    torch.save(state_dict, handle)
+                finally:
+                    cause = handle.error
                 self.records[target.name] = handle.close()
             self.problem = self.problem or unsafe_content(target)
-        except (OSError, RuntimeError) as error:  # torch wraps a short write of the archive in a RuntimeError
-            reason = getattr(error, "strerror", None) or _first_line(error)
+        except (OSError, RuntimeError) as error:  # torch hides a failed write behind a RuntimeError on the archive
+            reason = getattr(cause or error, "strerror", None) or _first_line(error)
             self.problem = f"cannot write {target}: {reason}"
 
     def load(self, path: str, map_location: Any = None) -> Any:

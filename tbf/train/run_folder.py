@@ -18,13 +18,15 @@ import torch
 import yaml
 
 import tbf
-from tbf.checkpoints.files import run_lock
+from tbf.checkpoints.files import run_lock, to_json, write_atomic
 from tbf.config import FREE_DATA, RunConfig
 from tbf.errors import CheckpointError, ConfigError
 from tbf.train.ds_config import EngineConfig
 from tbf.train.environment import ProcessInfo
 
 CONFIG_FILE = "config.yaml"
+_BEFORE_CONFIG = (".lock", "tokenizer", "ds_config.json", f".{CONFIG_FILE}.tmp-", ".ds_config.json.tmp-")
+"""All that a start which was cut off before config.yaml can have left."""
 
 
 def choose_run_dir(run_dir: str | None, resume: str, run: RunConfig) -> tuple[Path, str | None]:
@@ -46,7 +48,7 @@ def choose_run_dir(run_dir: str | None, resume: str, run: RunConfig) -> tuple[Pa
         return _unnamed_run_dir(resume, run)
     folder = Path(run_dir)
     if not (folder / CONFIG_FILE).exists():
-        if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+        if folder.exists() and not all(path.name.startswith(_BEFORE_CONFIG) for path in folder.iterdir()):
             raise ConfigError(
                 f"--run-dir {folder} holds other files but no {CONFIG_FILE}; choose an empty or new folder"
             )
@@ -73,18 +75,19 @@ def write_run_files(
 ) -> None:
     """Locks the folder through `held` and, at the first start, writes config.yaml, ds_config.json and tokenizer/.
 
-    A resumed run keeps them. Each start adds itself to environment.json, which tells which versions did what.
+    A resumed run keeps them; config.yaml comes last and says that the others are whole. Each start adds itself to
+    environment.json, which tells which versions did what.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(run_lock(folder))
         if not (folder / CONFIG_FILE).exists():
             tokenizer.save_pretrained(folder / "tokenizer")
-            (folder / "ds_config.json").write_text(json.dumps(engine.config, indent=2) + "\n", encoding="utf-8")
-            run.save(folder / CONFIG_FILE)
+            write_atomic(folder / "ds_config.json", to_json(engine.config))
+            write_atomic(folder / CONFIG_FILE, run.to_yaml().encode())
         report = folder / "environment.json"
         starts = json.loads(report.read_text(encoding="utf-8")) if report.exists() else []
-        report.write_text(json.dumps([*starts, environment(process)], indent=2) + "\n", encoding="utf-8")
+        write_atomic(report, to_json([*starts, environment(process)]))
     except OSError as error:
         raise CheckpointError(
             f"cannot write the run folder {folder}: {error.strerror}; choose another --run-dir"

@@ -12,6 +12,7 @@ import faulthandler
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -20,6 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tbf.errors import EngineError
 from tbf.train.status import RunStatus, read_status
@@ -95,8 +98,8 @@ class Watchdog:
         """
         try:
             yield
-        except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
-            if self.world_size == 1 or self.timeout == 0:
+        except RuntimeError as error:
+            if self.world_size == 1 or self.timeout == 0 or not _of_a_collective(error):
                 raise
             gone = self._who_left(min(self.timeout, 10 * self.interval))
             if gone is None:
@@ -110,7 +113,7 @@ class Watchdog:
         while True:
             self._look()
             for other, seen in self._others.items():
-                if seen.pid and seen.host == socket.gethostname() and not os.path.exists(f"/proc/{seen.pid}"):  # noqa: PTH110
+                if seen.pid and seen.host == socket.gethostname() and _ended(seen.pid):
                     return f"rank {other} (pid {seen.pid} on {seen.host}) has ended at step {seen.step}"
             silent = self._silent(min(self.timeout, 5 * self.interval))
             if silent:
@@ -206,6 +209,24 @@ class Watchdog:
 
     def _file(self, rank: int) -> Path:
         return self.run_dir / FOLDER / f"rank{rank}.json"
+
+
+def _ended(pid: int) -> bool:
+    """A process that nobody has waited for yet has ended too."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    """Whether another rank may be to blame. Gloo's errors are plain RuntimeErrors; one out of memory is this rank's own
+    and must not wait here while the others wonder.
+    """
+    return (
+        type(error).__name__.startswith("Dist")
+        or re.search("gloo|nccl|connection|socket", str(error), re.I) is not None
+    )
 
 
 def last_step(run_dir: Path) -> int:

@@ -161,6 +161,14 @@ def test_an_iterator_starts_at_the_cursor(dataset, spec):
     assert same(take(loader, 1)[0][0], steps[1][0])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_start_draws_nothing_from_the_state_that_dropout_uses(dataset, spec, workers):
+    """Else a resumed run, which starts an iterator more often, would drop other units than a straight one."""
+    before = torch.get_rng_state()
+    take(BatchLoader(dataset, spec, micro_batch=2, num_workers=workers), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_seeking_reads_nothing_on_the_way(dataset, spec):
     position = 10**12
     started = time.perf_counter()
