@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tbf import cli
@@ -97,6 +99,41 @@ def test_eval_usage_errors(export: Path, tmp_path: Path) -> None:
         assert run("eval", export, tmp_path / "t.txt", *wrong) == 2
     (tmp_path / "file").write_text("")
     assert run("eval", export, tmp_path / "t.txt", "--out", tmp_path / "file" / "x.json") == 3
+
+
+def test_a_megabyte_is_cut_for_an_embedding_with_a_notice(
+    export: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "big.txt").write_text(f"Hola.\n{' '.join(TEXT) * 10_000}\n", encoding="utf-8")
+    out = tmp_path / "v.npy"
+    assert run("embed", export, "--file", tmp_path / "big.txt", "--out", out, "--max-length", 32) == 0
+    assert np.load(out).shape == (2, 32)
+    assert "1 of 2 texts were cut to 32 tokens, the first is text 2" in caplog.text
+
+
+@pytest.mark.parametrize("verb", ["eval", "embed", "fill-mask", "finetune"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.pt"])
+def test_a_pickle_in_place_of_weights_is_never_run(
+    export: Path, tmp_path: Path, verb: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (export / "model.safetensors").unlink()
+    (export / name).write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
+    (tmp_path / "t.txt").write_text("hola [MASK]", encoding="utf-8")
+    given = {"eval": tmp_path / "t.txt", "finetune": write_task(tmp_path / "task")}.get(verb, "hola [MASK]")
+    assert run(verb, export, given) == 4
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "touched").exists()
+    assert not (export / "evaluation").exists()
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
 
 
 def test_finetune_shows_tables_and_keeps_the_result(

@@ -25,7 +25,7 @@ BATCH_SIZE = 32
 MAX_LENGTH = 512
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def embed(
     model: TormentedBertFrankenstein,
     tokenizer: SpanishSPMTokenizer,

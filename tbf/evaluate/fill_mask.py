@@ -35,7 +35,7 @@ class Candidate:
     """The text with this mask filled; other masks stay."""
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def fill_mask(
     model: TormentedBertFrankenstein, tokenizer: SpanishSPMTokenizer, text: str, top_k: int = 5
 ) -> list[list[Candidate]]:

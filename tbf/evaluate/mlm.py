@@ -137,7 +137,7 @@ def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return ids, real
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _score(
     model: TormentedBertFrankenstein,
     tokenizer: SpanishSPMTokenizer,

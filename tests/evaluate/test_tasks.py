@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tbf.errors import DataError
@@ -79,6 +81,14 @@ def test_errors_name_the_file_and_the_row(tmp_path: Path, splits: dict, message:
         splits = dict.fromkeys(("train", "validation", "test"), splits["train"])
     with pytest.raises(DataError, match=message):
         read_task(write_task(tmp_path / "task", **splits))
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "task")
+    broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"hola", b"ca\xf1a"], pa.binary()).buffers())
+    pq.write_table(pa.table({"text": broken, "label": [0, 1]}), folder / "test.parquet")
+    with pytest.raises(DataError, match=r"test.parquet: text that is not UTF-8 \(byte 0xf1\)"):
+        read_task(folder)
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

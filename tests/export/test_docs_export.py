@@ -14,7 +14,7 @@ from tests.helpers.runs import environment
 
 
 def test_the_pages_commands_and_python_run_in_order(runs: dict, repo_root: Path, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("sentence_transformers")
     page = (repo_root / "docs" / "export.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "runs").mkdir()
@@ -29,7 +29,11 @@ def test_the_pages_commands_and_python_run_in_order(runs: dict, repo_root: Path,
         done = subprocess.run([*start, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         assert ("bytes for each of" in done.stdout) == ("ternary" in line)
-    (code,) = (text for language, text in blocks if language == "python")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("torch.Size([1, 32])")
+    transformers, sentences = (text for language, text in blocks if language == "python")
+    shown = {}
+    for code in (transformers, sentences):
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        shown[code] = done.stdout
+    assert shown[transformers].startswith("torch.Size([1, 32])")
+    assert shown[sentences].splitlines()[-1] == "(2, 32)"
