@@ -9,6 +9,7 @@ held-out text (`tbf eval`) and fine-tuned on the tasks (`tbf finetune`).
 
 All of it can be stopped and started again: runs continue from their checkpoints, finished parts are kept, and a larger
 `--tokens` starts from the newest checkpoint that no decay has touched. `--only rates` needs the machine for itself.
+Options of `tbf eval` and `tbf finetune` that start with a dash are given as `--eval=...` and `--finetune=...`.
 The last line is one JSON object.
 """
 
@@ -102,9 +103,11 @@ class Quality:
                 continue
             results.mkdir(exist_ok=True)
             if not (results / "eval.json").exists():
-                call([*TBF, "eval", str(export), self.asked.held_out, "--out", str(results / "eval.json")])
+                options = ["--out", str(results / "eval.json"), *self.asked.eval.split()]
+                call([*TBF, "eval", str(export), self.asked.held_out, *options])
+            suffix = "-frozen" if "--frozen" in self.asked.finetune.split() else ""
             for task in sorted(path.parent for path in Path(self.asked.tasks).glob("*/train.parquet")):
-                out = results / f"{task.name}.json"
+                out = results / f"{task.name}{suffix}.json"
                 if not out.exists():
                     call([*TBF, "finetune", str(export), str(task), "--out", str(out), *self.asked.finetune.split()])
 
@@ -130,11 +133,13 @@ class Quality:
             row["minutes, alone"] = row["tokens"] / rates[model] / 60
         if (results / "eval.json").exists():
             found = json.loads((results / "eval.json").read_text())
-            row |= {key.replace("_", " "): found[key] for key in ("loss", "pseudo_perplexity", "masked_accuracy")}
+            scored = [key for key in ("loss", "masked_accuracy", "pseudo_perplexity") if key in found]
+            row |= {f"held-out {key.replace('_', ' ')}": found[key] for key in scored}
         for path in sorted(results.glob("*.json")):
             if path.stem != "eval":
                 found = json.loads(path.read_text())
-                row[f"{found['task']}, {found['metric']}"] = (found["test"]["mean"], found["test"]["spread"])
+                what = f"{found['task']}, {found['metric']}{', head alone' if found['frozen'] else ''}"
+                row[what] = (found["test"]["mean"], found["test"]["spread"])
         return row
 
     def _export(self, model: str, steps: int) -> Path:
@@ -205,7 +210,13 @@ def main() -> None:
     add("--learning-rate", type=float, default=1e-3, metavar="X")
     add("--warmup-steps", type=int, default=100, metavar="N")
     add("--rounds", type=int, default=3, metavar="N", help="of the rates (default: %(default)s)")
-    add("--finetune", default="--seeds 3", metavar="'...'", help="options of tbf finetune (default: %(default)s)")
+    add("--eval", default="", metavar="'...'", help="options of tbf eval")
+    add(
+        "--finetune",
+        default="--seeds 3",
+        metavar="'...'",
+        help="options of tbf finetune (default: %(default)s); results with and without --frozen stand side by side",
+    )
     add("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
     arguments = parser.parse_args()
     quality = Quality(arguments)

@@ -152,16 +152,22 @@ def test_finetune_shows_tables_and_keeps_the_result(
     assert (tmp_path / "r.json").exists()
 
 
-def test_finetune_of_a_ternary_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its head learns; without --frozen it is refused before anything is read."""
+def test_finetune_of_a_ternary_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its head learns, and the result says that nothing else did."""
     pytest.importorskip("sklearn")
-    export = write_export(tmp_path / "packed", tiny_tokenizer(), "ternary")
+    export = write_export(tmp_path / "packed", tiny_tokenizer(), "ternary", num_layers=1)
     task = write_task(tmp_path / "task", sentence_rows)
-    assert run("finetune", export, task) == 2
-    assert "pass --frozen" in capsys.readouterr().err
-    options = ("--frozen", "--epochs", 2, "--seeds", 1, "--learning-rate", 0.01)
+    options = ("--epochs", 2, "--seeds", 1, "--learning-rate", 0.01)
     assert run("finetune", export, task, *options) == 0
-    assert json.loads((export / "evaluation" / "task.json").read_text())["frozen"] is True
+    assert "has no weights to train: only the head learns" in caplog.text
+    assert "task (head alone)" in capsys.readouterr().out
+    first = json.loads((export / "evaluation" / "task.json").read_text())
+    assert first["frozen"] is True
+    assert run("finetune", export, task, *options, "--frozen") == 0
+    again = json.loads((export / "evaluation" / "task.json").read_text())
+    assert again["seeds"] == first["seeds"]
 
 
 def test_finetune_errors(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 from tbf.commands import add_verb
 from tbf.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 EXAMPLES = """\
   tbf finetune exported eval_es/pos_ud_gsd
   tbf finetune exported eval_es/ner_wikineural --max-train-rows 2000 --max-test-rows 2000 --epochs 4
@@ -40,7 +42,7 @@ def register(verbs: Any) -> None:
     for split in ("train", "validation", "test"):
         add(f"--max-{split}-rows", type=int, metavar="N", help=f"take N random rows of {split} (default: all)")
     add("--metric", metavar="NAME", help="what counts (default: what the task's README says, else by its kind)")
-    add("--frozen", action="store_true", help="train the head alone: quick, and the only way for a ternary export")
+    add("--frozen", action="store_true", help="train the head alone: quick, and what a ternary export does anyway")
     add("--json", action="store_true", help="one JSON object instead of tables")
     add("--out", type=Path, metavar="FILE", help="where the result goes (default: DIR/evaluation/TASK.json)")
 
@@ -61,11 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
         if rows is not None and rows < 1:
             raise ConfigError(f"--max-{split}-rows {rows}: at least 1")
     model, tokenizer = load_with_tokenizer(arguments.model)
-    if is_packed(model) and not arguments.frozen:
-        raise ConfigError(
-            f"{export} is a packed ternary export, which has no weights to train; pass --frozen to train the head "
-            "alone, or fine-tune an export in the format safetensors or hf"
-        )
+    frozen = arguments.frozen
+    if is_packed(model) and not frozen:
+        logger.warning(
+            "%s is packed ternary and has no weights to train: only the head learns; for more, fine-tune an export in "
+            "the format safetensors or hf", export,
+        )  # fmt: skip
+        frozen = True
     tuning = Tuning(
         learning_rates=tuple(arguments.learning_rate),
         epochs=arguments.epochs,
@@ -73,15 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         max_length=training_length(export) if arguments.max_length is None else arguments.max_length,
         seeds=arguments.seeds,
-        frozen=arguments.frozen,
+        frozen=frozen,
     )
     task = read_task(arguments.task, arguments.metric, most)
     out = check_writable(arguments.out or result_path(export, task.name))
-    logging.getLogger(__name__).info(
+    logger.info(
         "%s: %s task, %s, %s rows", task.name, task.kind, f"{len(task.labels)} labels" if task.labels else "a number",
         " / ".join(f"{len(task.splits[split]):,}" for split in SPLITS),
     )  # fmt: skip
-    result = {**finetune(model, tokenizer, task, tuning, progress=True), "frozen": arguments.frozen}
+    result = {**finetune(model, tokenizer, task, tuning, progress=True), "frozen": frozen}
     save_result(out, result)
     print(json.dumps(result, ensure_ascii=False) if arguments.json else format_result(result))
     print(f"written to {out}", file=sys.stderr)
@@ -91,7 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
 def format_result(result: dict[str, Any]) -> str:
     """The result for people: the scores of every seed, and what was taken for what."""
     names = list(result["test_metrics"])
-    lines = [f"{result['task']}: test scores; {result['metric']} on validation chose the epoch"]
+    alone = " (head alone)" if result["frozen"] else ""
+    lines = [f"{result['task']}{alone}: test scores; {result['metric']} on validation chose the epoch"]
     lines.append(f"{'':10}" + "".join(f"{name:>12}" for name in names) + f"{'epochs':>9}")
     for seed in result["seeds"]:
         numbers = "".join(f"{seed['test'][name]:12.4f}" for name in names)
