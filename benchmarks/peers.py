@@ -30,6 +30,7 @@ import transformers  # noqa: E402
 from tbf.ops.ternary_backends import DEFAULT_MODE  # noqa: E402
 from tbf.system import processor  # noqa: E402
 from tbf.train import distributed  # noqa: E402
+from tbf.train.build_ops import prepare_ops  # noqa: E402
 from tbf.train.environment import discover_process  # noqa: E402
 
 Batch = dict[str, torch.Tensor]
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="two rounds")
     arguments = parser.parse_args()
+    prepare_ops(needs_cpu_adam=True)
     distributed.start(discover_process(), on_cpu=True)
     try:
         bench = own.Bench("mini", bare=False)

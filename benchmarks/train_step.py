@@ -59,6 +59,8 @@ MODELS = {
 }
 """Preset, changes, rows of a micro batch."""
 FAKE, FRESH, BARE = "fp32 fake-quant", f"{DEFAULT_MODE}, no cache", f"{DEFAULT_MODE}, no engine"
+PLAIN_MALLOC = {"TBF_MALLOC": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Freed memory goes back at once, so that what is resident is what is used."""
 DS_CONFIG = ROOT / "ds_configs" / "p40_zero2.json"
 
 
@@ -107,7 +109,6 @@ class Bench:
     def __init__(self, name: str, granularity: str = "layer", bare: bool = True) -> None:
         self.run = make_run(name)
         config, self.run = load_ds_config(DS_CONFIG, self.run, 1)
-        prepare_ops(config.needs_cpu_adam, print)
         device = torch.device("cpu")
         self.engine = build_engine(self.run, config, device, print)
         self.model: TormentedBertFrankenstein = self.engine.module
@@ -201,7 +202,7 @@ def compare_memory(name: str) -> dict[str, float]:
         command = [sys.executable, __file__, "--step-memory", name, variant]
         own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         env = {key: value for key, value in os.environ.items() if key not in own}  # the child is a job of its own
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**env, "TBF_MALLOC": "0"})
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**env, **PLAIN_MALLOC})
         peaks[variant] = int(done.stdout.split()[-1]) / 1e9
     print(f"\n{name}: what a step adds to the peak memory, nothing recomputed")
     for variant, gigabytes in peaks.items():
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--step-memory", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    prepare_ops(needs_cpu_adam=True)
     distributed.start(discover_process(), on_cpu=True)
     try:
         if arguments.step_memory:
