@@ -6,7 +6,6 @@ its imports are done: it goes through the whole of launch/train.py from there. F
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import importlib
@@ -144,15 +143,10 @@ class Runs:
         rank: int = 0,
         ranks: int = 1,
         port: int = 0,
-        resume: str = "auto",
-        max_steps: int | None = None,
     ) -> Child:
         """Trains in `name`, from its newest checkpoint if it has one; `before` is called in the child first."""
-        arguments = argparse.Namespace(
-            preset=str(self.preset), overrides=[*SMALL, *overrides], ds_config=str(DS_ZERO2), data=None,
-            tokenizer=None, run_dir=str(self.folder / name), max_steps=max_steps, max_time=None, resume=resume,
-            dry_run=False,
-        )  # fmt: skip
+        line = ["--ds_config", DS_ZERO2, "--preset", self.preset, "--run-dir", self.folder / name]
+        line += [word for override in (*SMALL, *overrides) for word in ("--set", override)]
 
         def work() -> int:
             from tbf.errors import run_program
@@ -167,7 +161,9 @@ class Runs:
             if board is not None:
                 report_to(board)
             before()
-            return run_program(lambda: train(arguments, discover_process(), 1, "left alone", "the fault suite"))
+            sys.argv = ["train.py", *map(str, line)]
+            program = importlib.import_module("launch.train")
+            return run_program(lambda: train(program.parse_arguments(), discover_process(), 1, "-", "for the suite"))
 
         return Child(work, self.folder / f"{name.replace('/', '-')}.rank{rank}.log")
 
