@@ -1,16 +1,14 @@
 """Fine-tunes a model on a task: a linear head on the encoder, early stopping on the validation rows.
 
-Shapes: `B` rows of a batch, `T` tokens, `D` hidden, `C` classes (1 for a regression), `K` things to label in a
-batch.
+Shapes: `D` hidden, `C` classes (1 for a regression), `K` things to label in a batch.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,13 +19,12 @@ from tqdm import tqdm
 from tbf.data.tokenizer import SpanishSPMTokenizer
 from tbf.errors import ConfigError, DataError
 from tbf.evaluate.metrics import confusion, scores
-from tbf.evaluate.tasks import Example, Task
+from tbf.evaluate.task_rows import Batch, Row, by_length, encode, side_by_side
+from tbf.evaluate.tasks import Task
 from tbf.model.bitlinear import invalidate_ternary
 
 if TYPE_CHECKING:
     from tbf.model.encoder import TormentedBertFrankenstein
-
-logger = logging.getLogger(__name__)
 
 BUCKET = 50
 """Batches whose rows are sorted by length together: little padding, and still in random order."""
@@ -59,31 +56,6 @@ class Tuning:
             raise ConfigError(f"learning rates are {list(self.learning_rates)}; they must be above 0, e.g. 2e-4")
         if self.max_length < 4:
             raise ConfigError(f"max_length is {self.max_length}; it must be at least 4")
-
-
-class Row(NamedTuple):
-    """An example as the model reads it."""
-
-    ids: np.ndarray
-    """int64 [T]"""
-    places: np.ndarray
-    """int64: the first token of each word; empty where the whole row is labelled."""
-    target: np.ndarray
-    states: np.ndarray | None = None
-    """float32 [K, D]: what the head reads, where the encoder is frozen."""
-
-
-class Batch(NamedTuple):
-    """Rows side by side."""
-
-    ids: Tensor
-    """[B, T]"""
-    mask: Tensor
-    """[B, T], 1 at tokens."""
-    rows: Tensor
-    """[K]: the row of each place."""
-    places: Tensor
-    """[K]"""
 
 
 class TaskModel(nn.Module):
@@ -120,7 +92,7 @@ def finetune(
     Returns, ready for JSON, every metric's mean and spread (sample standard deviation) over the seeds, each seed's
     validation and test scores, and the confusion table of all seeds' test guesses.
     """
-    rows = {split: encode(tokenizer, task, examples, tuning) for split, examples in task.splits.items()}
+    rows = {split: encode(tokenizer, task, examples, tuning.max_length) for split, examples in task.splits.items()}
     if tuning.frozen:
         rows = {split: with_states(model, task, part, tuning, progress) for split, part in rows.items()}
     tried = {}
@@ -155,73 +127,20 @@ def finetune(
     }
 
 
-def encode(tokenizer: SpanishSPMTokenizer, task: Task, examples: Sequence[Example], tuning: Tuning) -> list[Row]:
-    """Rows [CLS] text [SEP], or [CLS] first [SEP] second [SEP]. What is longer than a row is cut, which is logged."""
-    rows, cut = [], 0
-    for example in examples:
-        parts = [ids or [tokenizer.unk_id] for ids in tokenizer.encode_ids(example.texts)]
-        if task.kind == "token":
-            room = tuning.max_length - 2
-            starts = 1 + np.cumsum([0, *map(len, parts[:-1])])
-            kept = starts <= room
-            ids = [i for part in parts for i in part][:room]
-            rows.append(Row(_wrapped(tokenizer, [ids]), starts[kept], example.target[kept]))
-            cut += not kept.all()
-        else:
-            room = tuning.max_length - 1 - len(parts)
-            cut += sum(map(len, parts)) > room
-            while sum(map(len, parts)) > room:
-                longest = max(parts, key=len)
-                del longest[max(room - sum(map(len, parts)) + len(longest), room // len(parts)) :]
-            rows.append(Row(_wrapped(tokenizer, parts), np.empty(0, np.int64), example.target))
-    if cut:
-        logger.warning(
-            "%d of %d rows were cut to %d tokens; words beyond are not scored", cut, len(rows), tuning.max_length
-        )
-    return rows
-
-
 def with_states(
     model: TormentedBertFrankenstein, task: Task, rows: list[Row], tuning: Tuning, progress: bool = False
 ) -> list[Row]:
     """The rows with what the encoder makes of them: a frozen one need not read them again in every epoch."""
-    reader = TaskModel(model, task, tuning).eval()
+    reader, device = TaskModel(model, task, tuning).eval(), next(model.parameters()).device
     found: list[Row] = [*rows]
     with torch.no_grad(), tqdm(total=len(rows), unit=" rows", disable=None if progress else True) as bar:
         for chosen in by_length(rows, tuning.batch_size):
-            states, _ = reader.states(side_by_side([rows[i] for i in chosen], model))
+            states, _ = reader.states(side_by_side([rows[i] for i in chosen], device))
             parts = np.split(states.cpu().numpy(), np.cumsum([len(rows[i].target) for i in chosen])[:-1])
             for i, part in zip(chosen, parts):
                 found[i] = rows[i]._replace(states=part)
             bar.update(len(chosen))
     return found
-
-
-def by_length(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
-    """Numbers of all rows in batches, longest first."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids), reverse=True)
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-def side_by_side(rows: Sequence[Row], model: nn.Module) -> Batch:
-    """Rows as tensors on the device of `model`."""
-    device = next(model.parameters()).device
-    width = max(len(row.ids) for row in rows)
-    ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
-    for number, row in enumerate(rows):
-        ids[number, : len(row.ids)] = row.ids
-        mask[number, : len(row.ids)] = 1
-    owner = np.repeat(np.arange(len(rows)), [len(row.places) for row in rows])
-    places = np.concatenate([row.places for row in rows])
-    return Batch(*(torch.from_numpy(array).to(device) for array in (ids, mask, owner, places)))
-
-
-def _wrapped(tokenizer: SpanishSPMTokenizer, parts: Sequence[Sequence[int]]) -> np.ndarray:
-    ids = [tokenizer.cls_id]
-    for part in parts:
-        ids += [*part, tokenizer.sep_id]
-    return np.array(ids, dtype=np.int64)
 
 
 class _Run:
@@ -317,7 +236,7 @@ class _Run:
         if self.tuning.frozen:
             states = torch.from_numpy(np.concatenate([row.states for row in rows])).to(self.model.head.weight.device)
             return self.model.label(states), states.new_zeros(())
-        states, extra = self.model.states(side_by_side(rows, self.model))
+        states, extra = self.model.states(side_by_side(rows, self.model.head.weight.device))
         return self.model.label(states), extra
 
     def _factor(self, step: int, total: int) -> float:

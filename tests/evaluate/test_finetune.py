@@ -8,7 +8,8 @@ import torch
 
 from tbf.data.tokenizer import SpanishSPMTokenizer
 from tbf.errors import ConfigError
-from tbf.evaluate.finetune import Tuning, encode, finetune
+from tbf.evaluate.finetune import Tuning, finetune
+from tbf.evaluate.task_rows import encode
 from tbf.evaluate.tasks import read_task
 from tbf.model.encoder import TormentedBertFrankenstein
 from tests.evaluate.toy_tasks import WORDS, pair_rows, sentence_rows, token_rows, write_task
@@ -85,11 +86,11 @@ def test_a_frozen_encoder_gives_what_it_gives_in_one_pass(plain: Pair, tmp_path:
 
 def test_long_rows_are_cut_with_a_notice(plain: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task = read_task(write_task(tmp_path / "words", token_rows))
-    rows = encode(plain[1], task, task.splits["train"], Tuning(max_length=6))
+    rows = encode(plain[1], task, task.splits["train"], 6)
     assert all(len(row.ids) <= 6 and len(row.places) == len(row.target) for row in rows)
     assert "rows were cut to 6 tokens" in caplog.text
     task = read_task(write_task(tmp_path / "pairs", pair_rows))
-    rows = encode(plain[1], task, task.splits["train"], Tuning(max_length=9))
+    rows = encode(plain[1], task, task.splits["train"], 9)
     assert max(len(row.ids) for row in rows) == 9
     assert all((row.ids == plain[1].sep_id).sum() == 2 for row in rows)
 
