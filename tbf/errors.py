@@ -17,6 +17,8 @@ class TbfError(Exception):
     """Base of everything tbf raises on purpose."""
 
     exit_code = 1
+    on_every_rank = False
+    """Whether all ranks of the job raise it, so that one of them can speak for all."""
 
 
 class ConfigError(TbfError):
@@ -70,7 +72,8 @@ def run_program(main: Callable[[], int | None]) -> int:
     except TbfError as error:
         if os.environ.get("TBF_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not error.on_every_rank or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)

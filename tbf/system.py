@@ -7,6 +7,7 @@ import errno
 import os
 import platform
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,19 @@ def processor_name() -> str:
     """The processor's model, for people."""
     first = next((line for line in processor().splitlines() if line.startswith("model name")), "")
     return first.partition(":")[2].strip() or platform.machine()
+
+
+def installed() -> dict[str, str | None]:
+    """Versions of what all machines of a job must share; None for what is missing."""
+    import tbf
+
+    found: dict[str, str | None] = {"tbf": tbf.__version__, "python": platform.python_version()}
+    for name in ("torch", "deepspeed"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def sync_folder(folder: Path) -> None:

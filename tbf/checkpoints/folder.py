@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from tbf.checkpoints import ranks
 from tbf.checkpoints.manifest import Manifest
+from tbf.checkpoints.storage import Storage
 from tbf.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -29,9 +30,15 @@ class CheckpointFolder:
     hashing is shared out, and all get the same answer or the same CheckpointError. Alone they do all the work.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, storage: Storage | None = None) -> None:
+        """`storage`: which ranks see the same `root`; None: all of them."""
         self.root = Path(root)
+        self._storage = storage
         self._verified: dict[Path, Manifest] = {}
+
+    @property
+    def storage(self) -> Storage:
+        return self._storage or Storage(tuple(range(ranks.world_size())))
 
     def entries(self) -> list[Entry]:
         """Checkpoints with a readable manifest, newest first. Local and quick: no file is hashed."""
@@ -51,17 +58,17 @@ class CheckpointFolder:
         A damaged one is reported and the one before is taken. Raises CheckpointError if all are damaged: starting
         from scratch instead would silently throw the run away.
         """
-        folders = ranks.from_rank_0(self._folders())
+        folders = self._as_rank_0(self._folders())
         return self._first_whole(folders, "newest") if folders else None
 
     def last_healthy(self) -> Path | None:
         """Returns the newest whole checkpoint that was saved while the run was well, or None where there is none."""
-        folders = ranks.from_rank_0([path for path, manifest in self.entries() if manifest.healthy])
+        folders = self._as_rank_0([path for path, manifest in self.entries() if manifest.healthy])
         return self._first_whole(folders, "last healthy") if folders else None
 
     def best(self) -> Path:
         """Returns the whole checkpoint with the lowest validation loss. Raises CheckpointError if there is none."""
-        folders = ranks.from_rank_0([path for path, _ in by_loss(self.entries())])
+        folders = self._as_rank_0([path for path, _ in by_loss(self.entries())])
         if not folders:
             raise CheckpointError(f"no checkpoint in {self.root} has a validation loss; use latest or a step")
         return self._first_whole(folders, "best")
@@ -95,7 +102,7 @@ class CheckpointFolder:
         with ranks.together(f"cannot read {folder}"):
             manifest = Manifest.read(folder)
         problems = manifest.missing_files(folder)
-        mine = [] if problems else manifest.share(ranks.this_rank(), ranks.world_size())
+        mine = [] if problems else manifest.share(*self.storage.place(ranks.this_rank()))
         problems += [problem for name in mine if (problem := manifest.problem_with(folder, name))]
         problems = list(dict.fromkeys(problem for part in ranks.gather(problems) for problem in part))
         if problems:
@@ -118,6 +125,10 @@ class CheckpointFolder:
             f"every checkpoint in {self.root} is damaged ({len(folders)} tried, see above); "
             "restore one from a copy, or start anew in another --run-dir"
         )
+
+    def _as_rank_0(self, folders: list[Path]) -> list[Path]:
+        """This rank's folders of the names that rank 0 found."""
+        return [self.root / name for name in ranks.from_rank_0([folder.name for folder in folders])]
 
     def _folders(self) -> list[Path]:
         folders = [path for path in self.root.glob("step-*") if step_of(path) >= 0 and path.is_dir()]

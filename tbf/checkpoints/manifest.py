@@ -54,6 +54,8 @@ class Manifest:
     saved_at: str
     """UTC, ISO 8601; for people only: no decision rests on a clock."""
     files: dict[str, FileRecord]
+    elsewhere: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
+    """Files of the same checkpoint that other machines hold, where the run folder is not shared."""
 
     @property
     def total_bytes(self) -> int:
@@ -85,10 +87,11 @@ class Manifest:
             raise CheckpointError(f"{path} was altered: its own hash does not match; use another checkpoint")
         try:
             files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
-            manifest = cls(files=files, **body)
+            elsewhere = {name: FileRecord(**record) for name, record in body.pop("elsewhere", {}).items()}
+            manifest = cls(files=files, elsewhere=elsewhere, **body)
         except (TypeError, AttributeError, KeyError):
             raise CheckpointError(f"{path} lacks entries or has unknown ones; use another checkpoint") from None
-        strays = [name for name in files if Path(name).name != name]
+        strays = [name for name in (*files, *elsewhere) if Path(name).name != name]
         if strays:
             raise CheckpointError(f"{path} names {strays[0]!r}, which lies outside the checkpoint; refused")
         return manifest

@@ -48,6 +48,7 @@ def on_rank_0(function: Callable[[], Result]) -> Result:
             problem = error
     result, problem = from_rank_0((result, problem))
     if problem is not None:
+        problem.on_every_rank = True
         raise problem
     return result
 
@@ -74,7 +75,9 @@ def raise_together(problem: TbfError | None) -> None:
     problems = gather(problem)
     for rank, error in enumerate(problems):
         if error is not None:
-            raise type(error)(str(error) if len(problems) == 1 else f"{error} (on rank {rank})")
+            shared = type(error)(str(error) if len(problems) == 1 else f"{error} (on rank {rank})")
+            shared.on_every_rank = True
+            raise shared
 
 
 def _grouped() -> bool:

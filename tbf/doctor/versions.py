@@ -6,25 +6,12 @@ python -m tbf.doctor.versions
 from __future__ import annotations
 
 import json
-import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import tbf
+from tbf.system import installed
 
 CARDS = Path("/proc/driver/nvidia/gpus")
-
-
-def installed() -> dict[str, str | None]:
-    """Versions of what all machines of a job must share; None for what is missing."""
-    found: dict[str, str | None] = {"tbf": tbf.__version__, "python": platform.python_version()}
-    for name in ("torch", "deepspeed"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from tbf.checkpoints.files import (
 )
 from tbf.checkpoints.folder import CheckpointFolder, Entry, by_loss, folder_name, step_of
 from tbf.checkpoints.manifest import MANIFEST_NAME, Manifest, flatten
+from tbf.checkpoints.storage import Storage
 from tbf.errors import CheckpointError, ConfigError
 from tbf.train.rng import load_rng, rng_bytes
 
@@ -48,7 +49,15 @@ _SPARE_BYTES = 64 << 20  # logs and metrics must still fit beside a checkpoint
 class CheckpointStore(CheckpointFolder):
     """The checkpoints of a run in training. Every method except `entries`, `sweep` and `prune` is collective."""
 
-    def __init__(self, root: Path, keep_last: int = 2, keep_best: int = 1, *, fingerprint: str = "") -> None:
+    def __init__(
+        self,
+        root: Path,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        *,
+        fingerprint: str = "",
+        storage: Storage | None = None,
+    ) -> None:
         """`fingerprint` hashes what a resumed run shares with the saved one besides its model (data order, seed).
 
         Raises ConfigError when fewer than two checkpoints would be kept.
@@ -57,7 +66,7 @@ class CheckpointStore(CheckpointFolder):
             raise ConfigError(f"keep_last is {keep_last}; keep at least 2, since the newest may turn out damaged")
         if keep_best < 0:
             raise ConfigError(f"keep_best is {keep_best}; use 0 or more")
-        super().__init__(root)
+        super().__init__(root, storage)
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.fingerprint = fingerprint
@@ -69,7 +78,7 @@ class CheckpointStore(CheckpointFolder):
 
         facts = engine_facts(engine)
         with ranks.together(f"cannot write to {self.root}"):
-            if rank == 0:
+            if self.storage.leads(rank):
                 self._make_ready(facts)
 
     def save(
@@ -98,32 +107,34 @@ class CheckpointStore(CheckpointFolder):
         trainer_state = to_json(state)
         facts = engine_facts(engine)
         aside = self.root / f"{_SAVING}{step}" / final.name
+        leads = self.storage.leads(rank)
         with ranks.together(f"cannot write to {self.root}"):
-            if rank == 0:
+            if leads:
                 self._make_ready(facts)
                 aside.mkdir(parents=True)
         try:
             with ranks.together(f"cannot save {final}"):
                 if not aside.is_dir():
                     raise CheckpointError(
-                        f"{aside} was made by rank 0 but cannot be seen here: "
-                        "put the run folder on a file system that all nodes share (--run-dir)"
+                        f"{aside} was made by rank {self.storage.members[0]} but cannot be seen here; "
+                        "is the file system of the run folder still mounted?"
                     )
                 records = {f"rng_rank{rank}.pt": write_durable(aside / f"rng_rank{rank}.pt", rng_bytes())}
-                if rank == 0:
+                if leads:
                     records[STATE_NAME] = write_durable(aside / STATE_NAME, trainer_state)
-            io = save_engine(engine, aside, {"tbf": {"step": step}})
+            io = save_engine(engine, aside, {"tbf": {"step": step}}, None if self.storage.shared else leads)
             ranks.raise_together(CheckpointError(io.problem) if io.problem else None)
             parts = ranks.gather({**records, **io.records})
             with ranks.together(f"cannot save {final}"):
-                if rank == 0:
-                    files = {name: record for part in parts for name, record in part.items()}
-                    manifest = self._describe(engine, facts, step, world_size, val_loss, healthy, files)
+                if leads:
+                    files = {name: record for member in self.storage.members for name, record in parts[member].items()}
+                    others = {n: record for part in parts for n, record in part.items() if n not in files}
+                    manifest = self._describe(engine, facts, step, world_size, val_loss, healthy, files, others)
                     self._commit(aside, final, manifest)
                     size, seconds = manifest.total_bytes / 1e9, time.monotonic() - started
                     logger.info("saved %s: %.2f GB in %.1f s", final, size, seconds)
         except CheckpointError:
-            if rank == 0:
+            if leads:
                 shutil.rmtree(aside.parent, ignore_errors=True)
             raise
         self._last_step = step
@@ -147,6 +158,11 @@ class CheckpointStore(CheckpointFolder):
         differing = other_shape(manifest, engine_facts(engine), world_size)
         with ranks.together(f"cannot read {path}"):
             state = json.loads((path / STATE_NAME).read_bytes())
+        if differing and manifest.elsewhere:
+            raise CheckpointError(
+                f"{path} was saved otherwise ({differing}), and other machines hold {len(manifest.elsewhere)} of its "
+                "files: bring them together first (tbf checkpoints RUN gather NODE:RUN), and give all nodes the result"
+            )
         if differing:
             self._load_reshaped(engine, path, differing)
         else:
@@ -223,6 +239,7 @@ class CheckpointStore(CheckpointFolder):
         val_loss: float | None,
         healthy: bool,
         files: dict[str, FileRecord],
+        elsewhere: dict[str, FileRecord],
     ) -> Manifest:
         import deepspeed
 
@@ -244,6 +261,7 @@ class CheckpointStore(CheckpointFolder):
             },
             saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             files=files,
+            elsewhere=elsewhere,
         )
 
     def _commit(self, aside: Path, final: Path, manifest: Manifest) -> None:

@@ -103,8 +103,16 @@ def engine_facts(engine: Any) -> EngineFacts:
     )
 
 
-def save_engine(engine: Any, folder: Path, client_state: dict[str, Any]) -> DurableCheckpointEngine:
-    """Collective: DeepSpeed's files into `folder`. The caller looks at `.problem` and `.records` of the result."""
+def save_engine(
+    engine: Any, folder: Path, client_state: dict[str, Any], weights: bool | None = None
+) -> DurableCheckpointEngine:
+    """Collective: DeepSpeed's files into `folder`. The caller looks at `.problem` and `.records` of the result.
+
+    `weights`: whether this rank writes the weights that ZeRO-1 and -2 keep whole on every rank; None leaves that to
+    DeepSpeed, whose rank 0 does.
+    """
+    if weights is not None and engine.zero_optimization_stage() < 3:
+        engine.save_non_zero_checkpoint = weights
     with durable_io(engine) as io:
         # Versioned for DeepSpeed's universal format, through which a run may later continue on other ranks.
         client_state = {**client_state, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}

@@ -5,41 +5,62 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tbf.errors import EngineError, HardwareError
+from tbf.errors import EngineError, HardwareError, TbfError
 from tbf.hardware.probe import check_device, cuda_facts
 from tbf.train.environment import ProcessInfo
+from tbf.train.joining import join
 
 
-def start(process: ProcessInfo, on_cpu: bool) -> torch.device:
-    """Joins the process group and returns this rank's device. Raises HardwareError when the card cannot be used."""
-    if not on_cpu and not torch.cuda.is_available():
-        raise HardwareError(
-            f"this machine has an NVIDIA card, but torch {torch.__version__} sees none: run `tbf doctor`, which "
-            "looks at the driver and at torch's build; to train on the CPU on purpose set DS_ACCELERATOR=cpu"
-        )
-    if not on_cpu:
-        if process.local_rank >= torch.cuda.device_count():
-            raise HardwareError(
-                f"local rank {process.local_rank} has no card: torch sees {torch.cuda.device_count()} on this node; "
-                "start fewer ranks"
-            )
-        check_device(cuda_facts(process.local_rank))
-        torch.cuda.set_device(process.local_rank)
+def start(
+    process: ProcessInfo, on_cpu: bool, facts: dict[str, dict[str, Any]] | None = None, problem: TbfError | None = None
+) -> torch.device:
+    """Joins the process group and returns this rank's device.
+
+    `facts` are compared with the other ranks', `problem` is what already stops this one; see `joining`. Raises
+    HardwareError when the card cannot be used, and what any other rank raised.
+    """
+    if problem is None and not on_cpu:
+        try:
+            _take_card(process)
+        except HardwareError as error:
+            problem = error
+    store = join(process, facts or {}, problem)
     import deepspeed
+    from deepspeed.constants import default_pg_timeout
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    backend = "gloo" if on_cpu else "nccl"
     try:
+        dist.init_process_group(
+            backend, store=store, rank=process.rank, world_size=process.world_size, timeout=default_pg_timeout
+        )
         with contextlib.redirect_stdout(io.StringIO()):  # it prints on every rank
-            deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
-    except (RuntimeError, ValueError, dist.DistError) as error:
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    except (RuntimeError, ValueError) as error:
         raise EngineError(
             f"rank {process.rank} could not join the process group: {str(error).splitlines()[0]}"
         ) from None
     return torch.device("cpu") if on_cpu else torch.device("cuda", process.local_rank)
+
+
+def _take_card(process: ProcessInfo) -> None:
+    if not torch.cuda.is_available():
+        raise HardwareError(
+            f"this machine has an NVIDIA card, but torch {torch.__version__} sees none: run `tbf doctor`, which "
+            "looks at the driver and at torch's build; to train on the CPU on purpose set DS_ACCELERATOR=cpu"
+        )
+    if process.local_rank >= torch.cuda.device_count():
+        raise HardwareError(
+            f"local rank {process.local_rank} has no card: torch sees {torch.cuda.device_count()} on this node; "
+            "start fewer ranks"
+        )
+    check_device(cuda_facts(process.local_rank))
+    torch.cuda.set_device(process.local_rank)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

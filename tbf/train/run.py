@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,21 @@ import deepspeed
 import torch
 
 import tbf
-from tbf.checkpoints.ranks import on_rank_0
-from tbf.config import RunConfig, load_run_config
+from tbf.checkpoints.manifest import flatten
+from tbf.checkpoints.ranks import gather, on_rank_0, together
+from tbf.checkpoints.storage import find_storage
+from tbf.config import FREE_DATA, RunConfig, load_run_config
 from tbf.data.loader import BatchLoader, EvaluationRows, PackedDataset
 from tbf.data.masking import MaskSpec
 from tbf.data.prepare import prepare_data
 from tbf.data.tokenizer import SpanishSPMTokenizer
-from tbf.errors import ConfigError
+from tbf.errors import ConfigError, DataError, TbfError
 from tbf.hardware.probe import peak_flops
 from tbf.model.bitlinear import set_ternary_plan, ternary_shapes
 from tbf.model.encoder import TormentedBertFrankenstein
 from tbf.ops.ternary_probe import choose_plan
-from tbf.train import distributed
+from tbf.system import installed
+from tbf.train import distributed, heartbeat_link
 from tbf.train.build_ops import prepare_ops, require_async_io
 from tbf.train.callbacks import default_callbacks
 from tbf.train.checkpoint import CheckpointStore
@@ -45,21 +50,37 @@ from tbf.train.watchdog import Watchdog
 def train(arguments: argparse.Namespace, process: ProcessInfo, threads: int, allocator: str, cpu_reason: str) -> int:
     """Trains as the command line of launch/train.py asks; returns the exit code."""
     say = _speaker(process)
-    run = _run_config(arguments)
-    explicit = {override.partition("=")[0].partition(".")[2] for override in arguments.overrides}
-    engine_config, run = load_ds_config(arguments.ds_config, run, process.world_size, explicit)
     torch.set_num_threads(threads)
-    say(f"tbf {tbf.__version__}: preset {run.preset}, {process.world_size} rank(s), {threads} thread(s) each"
-        + (f", on the CPU: {cpu_reason}" if cpu_reason else "") + f"; allocator: {allocator}")  # fmt: skip
-    if not prepare_ops(engine_config.needs_cpu_adam, say):
+    problem = None
+    try:
+        run, engine_config = _settings(arguments, process)
+        say(f"tbf {tbf.__version__}: preset {run.preset}, {process.world_size} rank(s), {threads} thread(s) each"
+            + (f", on the CPU: {cpu_reason}" if cpu_reason else "") + f"; allocator: {allocator}")  # fmt: skip
+    except TbfError as error:  # the other ranks must hear of it
+        problem = error
+    if not prepare_ops(problem is None and engine_config.needs_cpu_adam, say):
         engine_config.config["optimizer"]["params"]["torch_adam"] = True
         say("the optimizer runs as torch's AdamW on the host instead of DeepSpeed's fused one: slower, same result")
-
-    device = distributed.start(process, on_cpu=bool(cpu_reason))
+    facts = {} if problem else _to_compare(run, engine_config)
+    device = distributed.start(process, bool(cpu_reason), facts, problem)
     try:
         return _train(arguments, process, run, engine_config, device, say)
     finally:
         distributed.stop()
+
+
+def _settings(arguments: argparse.Namespace, process: ProcessInfo) -> tuple[RunConfig, EngineConfig]:
+    explicit = {override.partition("=")[0].partition(".")[2] for override in arguments.overrides}
+    engine_config, run = load_ds_config(arguments.ds_config, _run_config(arguments), process.world_size, explicit)
+    return run, engine_config
+
+
+def _to_compare(run: RunConfig, engine_config: EngineConfig) -> dict[str, dict[str, Any]]:
+    """What every rank must have alike; where shards and caches lie is each machine's own affair."""
+    settings = run.to_dict()
+    settings["data"] = {key: value for key, value in settings["data"].items() if key not in FREE_DATA}
+    versions = {name: release for name, release in installed().items() if name != "python"}
+    return {"versions": versions, "settings": flatten({**settings, "ds_config": engine_config.config})}
 
 
 def _train(
@@ -70,10 +91,12 @@ def _train(
     device: torch.device,
     say: Callable[[str], None],
 ) -> int:
-    run, tokenizer, shards = _prepare_data(run, arguments.run_dir, progress=process.local_rank == 0)
+    with together("cannot prepare the data"):
+        run, tokenizer, shards = _prepare_data(run, arguments.run_dir, progress=process.local_rank == 0)
     rows = {"seq_len": run.data.seq_len, "seed": run.train.seed, "validation_share": run.data.validation_share}
     dataset = PackedDataset(shards, split="train", **rows)
     held_out = PackedDataset(shards, split="validation", **rows)
+    require_same_data(tokenizer.fingerprint, dataset.corpus)
     mask = MaskSpec.for_tokenizer(
         tokenizer,
         run.data.mask_rate,
@@ -107,6 +130,10 @@ def _train(
             return _dry_run(engine, loader, device, say)
 
     run_dir, resumed = on_rank_0(lambda: choose_run_dir(arguments.run_dir, arguments.resume, run))
+    storage = find_storage(run_dir)
+    if not storage.shared:
+        say(f"{run_dir} is not the same folder on all machines: each keeps its own ranks' part of the checkpoints; "
+            f"tbf checkpoints {run_dir} gather brings them together")  # fmt: skip
     held = contextlib.ExitStack()  # keeps a second process out of the run folder, until this one ends
     on_rank_0(lambda: write_run_files(run_dir, run, engine_config, tokenizer, process, held))
     store = CheckpointStore(
@@ -114,7 +141,9 @@ def _train(
         keep_last=run.train.keep_last,
         keep_best=run.train.keep_best,
         fingerprint=run.fingerprint(dataset.corpus),
+        storage=storage,
     )
+    link = None if storage.shared else heartbeat_link.connect(process.rank, os.environ["MASTER_ADDR"])
     trainer = Trainer(
         config=run,
         engine=engine,
@@ -129,13 +158,14 @@ def _train(
         callbacks=default_callbacks(
             run,
             run_dir,
-            is_main=process.rank == 0,
+            rank=process.rank,
             card_uuid=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "",
         ),
         stop_request=StopRequest(run_dir, arguments.max_time),
-        watchdog=Watchdog(run_dir, timeout=run.train.stall_timeout_s, **ranks),
+        watchdog=Watchdog(run_dir, timeout=run.train.stall_timeout_s, link=link, **ranks),
         peak_flops=peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
         memory=preflight.explained,
+        hosts=gather(socket.gethostname()),
     )
     if resumed is not None:
         trainer.load_state_dict(store.load(engine, resumed, **ranks))
@@ -148,6 +178,21 @@ def _train(
         export = export_run_folder(run_dir) if status == "done" and run.train.export_at_end else None
         print_summary(run_dir, arguments.ds_config, status, export)
     return trainer.stop_request.exit_code if status == "stopped" else 0
+
+
+def require_same_data(tokenizer: str, corpus: str) -> None:
+    """Raises DataError, the same on every rank, unless all have the same tokenizer and shards. Collective."""
+    found = gather((socket.gethostname(), tokenizer, corpus))
+    for rank, (host, *theirs) in enumerate(found):
+        for name, mine, other in zip(("tokenizer", "data"), found[0][1:], theirs):
+            if mine != other:
+                error = DataError(
+                    f"rank {rank} on {host} has another {name} ({other[:12]}) than rank 0 on {found[0][0]} "
+                    f"({mine[:12]}): give all machines the same text and the same --tokenizer, or copy the prepared "
+                    "folder (tbf data prepare) to each and pass it as --data"
+                )
+                error.on_every_rank = True
+                raise error
 
 
 def build_engine(run: RunConfig, engine_config: EngineConfig, device: torch.device, say: Callable[[str], None]) -> Any:

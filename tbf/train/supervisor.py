@@ -36,13 +36,16 @@ def supervise(program: Sequence[str], run_dir: Path, restarts: int, pause_s: flo
     """
     failed_at: int | None = None
     for attempt in range(restarts + 1):
+        before = _outcome(run_dir)
         code = _run(program)
-        state, reason = _outcome(run_dir)
+        state, reason, _ = now = _outcome(run_dir)
+        if now == before and code not in (0, *_FINAL):  # e.g. a machine that cannot be reached: may pass
+            state, reason = "never started", "the launcher's own output says why"
         if state in ("done", "stopped") or code in _FINAL:
             return code
         step = last_step(run_dir)
         what = f"the run failed at step {step} (exit code {code}, {state}{': ' if reason else ''}{reason})"
-        if step == failed_at:
+        if step == failed_at and state != "never started":
             raise TrainingHalted(
                 f"{what}, as it did before: a deterministic failure, so it is not started again. See the messages "
                 f"above and {run_dir}/train.log"
@@ -76,7 +79,9 @@ def supervised_command(arguments: Sequence[str], launcher: str) -> list[str]:
 
 def _run(program: Sequence[str]) -> int:
     """Runs the command in a process group of its own, passes signals on, and leaves no process of it behind."""
-    child = subprocess.Popen(program, start_new_session=True)
+    # pdsh's ssh would wait for ever for a machine that lost its power or its network.
+    env = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=10 -o ServerAliveCountMax=3", **os.environ}
+    child = subprocess.Popen(program, start_new_session=True, env=env)
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -119,12 +124,13 @@ def _members(group: int) -> list[int]:
     return found
 
 
-def _outcome(run_dir: Path) -> tuple[str, str]:
+def _outcome(run_dir: Path) -> tuple[str, str, object]:
+    """State, reason, and which start they are of."""
     try:
         status = read_status(run_dir)
     except CheckpointError as error:
-        return "never started", str(error)
-    return status["state"], str(status.get("reason", ""))
+        return "never started", str(error), None
+    return status["state"], str(status.get("reason", "")), (status.get("pid_started"), status.get("time"))
 
 
 def _say(text: str) -> None:

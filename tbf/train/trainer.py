@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from tbf.train.rollback import roll_back
 from tbf.train.routing import RoutingTotals
 from tbf.train.schedule import learning_rate, loop_count, weight_decay
 from tbf.train.signals import StopRequest
+from tbf.train.stragglers import StragglerWatch
 from tbf.train.watchdog import Watchdog
 
 Batch = dict[str, torch.Tensor]
@@ -54,6 +55,7 @@ class Trainer:
         stop_request: StopRequest,
         watchdog: Watchdog,
         peak_flops: float | None = None,
+        hosts: Sequence[str] = (),
         memory: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.config, self.engine, self.device, self.run_dir = config, engine, device, run_dir
@@ -72,6 +74,7 @@ class Trainer:
         self.peak_flops = peak_flops
         self._memory = memory
         self._order_guard = GradientOrderGuard(engine.module)
+        self._stragglers = StragglerWatch(hosts or [""] * self.world_size, device)
         self._flops_per_token = training_flops_per_token(config.model, config.data.seq_len) if peak_flops else math.nan
         self._process = psutil.Process()
         self._step_seconds: float | None = None
@@ -111,6 +114,8 @@ class Trainer:
         started = time.perf_counter()
         batches = self.batches = [self._to_device(batch) for batch in next(steps)]
         data_wait = time.perf_counter() - started
+        own_seconds = self._stragglers.take()  # of the step before, whose kernels have ended
+        self._stragglers.waited(data_wait)
 
         self._set_hyperparameters()
         loops = loop_count(self.step, self.config.train, self.config.model.num_loops)
@@ -118,11 +123,14 @@ class Trainer:
         self.engine.train()
         masked = sum_over_ranks(count_masked(batches))
         denominator = masked / (self.world_size * len(batches))  # undoes the engine's mean over ranks and micro-steps
-        totals = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, tokens, stop
+        # loss, correct, tokens, stop, and every rank's own seconds
+        totals = torch.zeros(4 + self.world_size, dtype=torch.float64, device=self.device)
+        totals[4 + self.rank] = own_seconds
         for index, batch in enumerate(batches):
             if index > 0:
                 self.engine.step()  # ends the micro-step before; the guard comes before the last one's
-            output = self.engine(**batch, loss_denominator=denominator, num_loops=loops)
+            with self._stragglers.alone():
+                output = self.engine(**batch, loss_denominator=denominator, num_loops=loops)
             self.engine.backward(nan_if_not_finite(output.loss))
             self._order_guard.check()
             self.watchdog.here(self.step)
@@ -131,7 +139,7 @@ class Trainer:
             totals[2] += (batch["segment_ids"] > 0).sum()
             routing.add(output.router)
         totals[3] += self.stop_request.requested
-        loss, correct, tokens, stop = sum_over_ranks(totals).tolist()
+        loss, correct, tokens, stop, *everyones_seconds = sum_over_ranks(totals).tolist()
         routing.reduce()
         self.guard.before_update(loss)
         self.engine.step()
@@ -141,6 +149,8 @@ class Trainer:
         self.tokens += int(tokens)
         self.stop_request.agree(stop)
         grad_norm = self.guard.after_update(self.step, loss, applied)
+        if self.is_main:
+            self._stragglers.judge(everyones_seconds)
         if applied:
             routing.update_biases(self.engine.module)
         metrics = self._metrics(

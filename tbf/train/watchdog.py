@@ -3,6 +3,7 @@
 Every rank keeps a file in `heartbeats/` of the run folder, written by a thread: it counts on while the process lives,
 and carries the place that the training thread last reached. The thread also reads the others' files. What counts is
 whether a file changed since it was last looked at, on this machine's own monotonic clock: no clock is compared.
+Machines that share no run folder send each other the same over the network (`heartbeat_link`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import psutil
 
 from tbf.errors import EngineError
+from tbf.train.heartbeat_link import HeartbeatLink
 from tbf.train.status import RunStatus, read_status
 
 logger = logging.getLogger(__name__)
@@ -54,8 +56,13 @@ class Watchdog:
     and what it found, and ends the process with EngineError's exit code; `timeout` 0 watches nothing.
     """
 
-    def __init__(self, run_dir: Path, rank: int, world_size: int, timeout: float) -> None:
+    def __init__(
+        self, run_dir: Path, rank: int, world_size: int, timeout: float, link: HeartbeatLink | None = None
+    ) -> None:
+        """`link` carries the beats where the machines share no folder; it is closed with the watchdog."""
         self.run_dir, self.rank, self.world_size, self.timeout = run_dir, rank, world_size, timeout
+        self.link = link
+        self._table: dict[int, dict[str, Any]] = {}
         self.interval = min(max(timeout / 10, 0.1), 5.0)
         self.step = 0
         self._places = 0
@@ -89,6 +96,8 @@ class Watchdog:
             self._thread.join()
             with contextlib.suppress(OSError):
                 self._write(left=True)
+        if self.link is not None:
+            self.link.close()
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -141,7 +150,7 @@ class Watchdog:
             self._own_place, self._own_place_at = self._places, now
         for other, seen in self._others.items():
             with contextlib.suppress(OSError, ValueError, KeyError):
-                found = json.loads(self._file(other).read_bytes())
+                found = self._table[other] if self.link else json.loads(self._file(other).read_bytes())
                 if found["beat"] != seen.beat:
                     seen.beat, seen.beat_at = found["beat"], now
                 if found["place"] != seen.place:
@@ -155,9 +164,12 @@ class Watchdog:
         longest, other = max(silent, default=(0.0, -1))
         if longest <= patience:
             return None
+        if self.link is not None and not self.link.connected:
+            other = 0  # all news comes through rank 0
         seen = self._others[other]
         where = f"pid {seen.pid} on {seen.host}, at step {seen.step}" if seen.pid else "which never started to train"
-        return f"rank {other} ({where}) is dead or stopped: no sign of it for {longest:.0f} s"
+        how = "dead or stopped, or the network to it is down" if self.link else "dead or stopped"
+        return f"rank {other} ({where}) is {how}: no sign of it for {longest:.0f} s"
 
     def _stalled(self) -> str | None:
         """All processes live, yet no training thread moves: the one that stands furthest back holds up the others."""
@@ -206,6 +218,8 @@ class Watchdog:
         temporary = self._file(self.rank).with_suffix(".tmp")  # no sync: it is worth nothing after a power cut
         temporary.write_text(json.dumps(beat), encoding="utf-8")
         temporary.replace(self._file(self.rank))
+        if self.link is not None:
+            self._table = self.link.exchange(beat, limit=min(self.interval, 2.0))
 
     def _file(self, rank: int) -> Path:
         return self.run_dir / FOLDER / f"rank{rank}.json"

@@ -21,6 +21,7 @@ class FakeEngine:
         self.module = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: {"hidden_size": self.hidden}))
         self.optimizer = SimpleNamespace(optimizer=torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
         self.checkpoint_engine: Any = None
+        self.save_non_zero_checkpoint = rank == 0
 
     def zero_optimization_stage(self) -> int:
         return self.stage
@@ -31,7 +32,7 @@ class FakeEngine:
     def save_checkpoint(self, save_dir: str, tag: str, client_state: dict, save_latest: bool) -> None:
         assert not save_latest
         folder = Path(save_dir) / tag
-        if self.rank == 0:
+        if self.save_non_zero_checkpoint:
             self.checkpoint_engine.save(
                 {"module": {"a": self.weight}, **client_state}, str(folder / "mp_rank_00_model_states.pt")
             )

@@ -67,9 +67,11 @@ def pdsh(lab: Lab, job: Sequence[object], *options: object) -> Job:
     return Job(lab, {lab.hosts[0]: ["deepspeed", "--hostfile", "hostfile", *options, *job]})
 
 
-def no_ssh(lab: Lab, job: Sequence[object], *options: object) -> Job:
-    launcher = ["deepspeed", "--hostfile", "hostfile", "--no_ssh", "--master_addr", lab.hosts[0], *options]
-    return Job(lab, {host: [*launcher, "--node_rank", rank, *job] for rank, host in enumerate(lab.hosts)})
+def no_ssh(lab: Lab, job: Sequence[object], env: Sequence[str] = (), only: str = "") -> Job:
+    """`env`: NAME=VALUE for the ranks; `only`: the one host on which somebody types the command."""
+    launcher = ["env", *env, "deepspeed", "--hostfile", "hostfile", "--no_ssh", "--master_addr", lab.hosts[0]]
+    lines = {host: [*launcher, "--node_rank", rank, *job] for rank, host in enumerate(lab.hosts)}
+    return Job(lab, {host: line for host, line in lines.items() if only in ("", host)})
 
 
 def torchrun(lab: Lab, job: Sequence[object], *options: object) -> Job:

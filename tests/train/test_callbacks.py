@@ -17,7 +17,7 @@ from tbf.train.callbacks.base import Callback, CallbackList, StepMetrics
 from tbf.train.callbacks.checkpointing import Checkpointing
 from tbf.train.callbacks.csv import COLUMNS, CsvMetrics, read_rows
 from tbf.train.callbacks.evaluation import Evaluation
-from tbf.train.callbacks.log import TrainLog
+from tbf.train.callbacks.log import RankLog, TrainLog
 from tbf.train.callbacks.progress import Progress
 from tbf.train.callbacks.tensorboard import TensorBoard
 from tbf.train.callbacks.text import count, duration, step_line
@@ -360,9 +360,9 @@ def test_tensorboard_hides_the_steps_that_a_resumed_run_takes_again(tmp_path):
 def test_wandb_missing_is_a_config_error_on_every_rank(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     run = RunConfig().replace(train={"wandb": True})
-    for is_main in (True, False):
+    for rank in (0, 1):
         with pytest.raises(ConfigError, match=r"pip install 'tbf\[wandb\]'"):
-            default_callbacks(run, tmp_path, is_main=is_main)
+            default_callbacks(run, tmp_path, rank=rank)
 
 
 def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
@@ -378,13 +378,13 @@ def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
 
 def test_default_callbacks(tmp_path, capsys):
     run = RunConfig().replace(train={"eval_every": 2, "save_every": 2, "log_every": 1})
-    trainer = FakeTrainer(tmp_path, default_callbacks(run, tmp_path, is_main=True), max_steps=4)
+    trainer = FakeTrainer(tmp_path, default_callbacks(run, tmp_path, rank=0), max_steps=4)
     trainer.run(4, "done")
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv", "train.log", "tb", "run_status.json"}
     assert trainer.checkpoints.saved == [(2, 4.98), (4, 4.96)]
     assert '"state": "done"' in (tmp_path / "run_status.json").read_text()
-    others = default_callbacks(run, tmp_path, is_main=False).callbacks
-    assert [type(callback) for callback in others] == [Evaluation, Checkpointing]
+    others = default_callbacks(run, tmp_path, rank=1).callbacks
+    assert [type(callback) for callback in others] == [RankLog, Evaluation, Checkpointing]
     assert "step 4/4" in capsys.readouterr().err
 
 
@@ -393,7 +393,7 @@ def test_callbacks_cost_little(tmp_path):
     import time
 
     run = RunConfig().replace(train={"eval_every": 1000, "save_every": 1000, "log_every": 10, "tensorboard": True})
-    trainer = FakeTrainer(tmp_path, default_callbacks(run, tmp_path, is_main=True), max_steps=1000)
+    trainer = FakeTrainer(tmp_path, default_callbacks(run, tmp_path, rank=0), max_steps=1000)
     trainer.callbacks.on_start(trainer)
     started = time.process_time()
     for step in range(1, 401):

@@ -60,7 +60,7 @@ def test_two_ranks_agree_on_files_failures_and_fallback(tmp_path):
     assert "rng_rank1.pt" in first["files"] and "zero_pp_rank_1_mp_rank_00_optim_states.pt" in first["files"]
     full, private = first["errors"]
     assert "No space left" in full and "on rank 1" in full
-    assert "share" in private and "on rank 1" in private
+    assert "still mounted" in private and "on rank 1" in private
     assert first["fallback"] == "step-00000001"
 
 

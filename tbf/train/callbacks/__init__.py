@@ -9,7 +9,7 @@ from tbf.train.callbacks.base import Callback, CallbackList, StepMetrics
 from tbf.train.callbacks.checkpointing import Checkpointing
 from tbf.train.callbacks.csv import CsvMetrics
 from tbf.train.callbacks.evaluation import Evaluation
-from tbf.train.callbacks.log import TrainLog
+from tbf.train.callbacks.log import RankLog, TrainLog
 from tbf.train.callbacks.progress import Progress
 from tbf.train.callbacks.status import Status
 from tbf.train.callbacks.tensorboard import TensorBoard
@@ -20,17 +20,17 @@ from tbf.train.thermal import nvml_reader
 __all__ = ["Callback", "CallbackList", "StepMetrics", "default_callbacks"]
 
 
-def default_callbacks(run: RunConfig, run_dir: Path, *, is_main: bool, card_uuid: str = "") -> CallbackList:
+def default_callbacks(run: RunConfig, run_dir: Path, *, rank: int, card_uuid: str = "") -> CallbackList:
     """The callbacks of a run: the thermal guard of this rank's card, evaluation, then checkpoints, on every rank; on
-    rank 0 also all that watch.
+    rank 0 also all that watch, on the others a log of their own.
 
     Raises ConfigError on every rank when Weights & Biases is asked for and not installed.
     """
     train = run.train
     if train.wandb:
         require_wandb()
-    monitors: list[Callback] = []
-    if is_main:
+    monitors: list[Callback] = [RankLog(run_dir / "logs" / f"rank{rank}.log")]
+    if rank == 0:
         monitors = [
             Status(run_dir),
             TrainLog(run_dir / "train.log", train.log_every),

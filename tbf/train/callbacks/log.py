@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,37 @@ class TrainLog(Callback):
             handler.close()
         self._handlers.clear()
         _ROOT.setLevel(self._level)
+
+
+class RankLog(Callback):
+    """What the loggers of a rank other than 0 say, in a file of its own beside the run's; warnings also on stderr."""
+
+    monitor = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handlers: list[logging.Handler] = []
+
+    def on_start(self, trainer: Any) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        to_file = logging.FileHandler(self.path, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        to_person = logging.StreamHandler()
+        to_person.setLevel(logging.WARNING)
+        to_person.setFormatter(logging.Formatter(f"%(levelname)s (rank {trainer.rank}): %(message)s"))
+        self._handlers = [to_file, to_person]
+        for handler in self._handlers:
+            _ROOT.addHandler(handler)
+        _ROOT.setLevel(logging.INFO)
+        logger.info("rank %d on %s starts at step %d", trainer.rank, socket.gethostname(), trainer.step)
+
+    def on_end(self, trainer: Any, status: str) -> None:
+        logger.info("%s at step %d%s", status, trainer.step, f": {trainer.reason}" if trainer.reason else "")
+        for handler in self._handlers:
+            _ROOT.removeHandler(handler)
+            handler.close()
+        self._handlers.clear()
+        _ROOT.setLevel(logging.NOTSET)
 
 
 class _AboveTheBar(logging.Handler):

@@ -1,0 +1,83 @@
+"""Ranks that meet: what is wrong with one ends all with the same words, and nobody waits for ever."""
+
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+PROGRAM = """
+import os, sys
+from tbf.errors import ConfigError, run_program
+from tbf.train import distributed
+from tbf.train.environment import discover_process
+
+def main():
+    problem = ConfigError("no such preset") if os.environ.get("BROKEN") else None
+    settings = {"train.seed": int(os.environ.get("SEED", 0))}
+    facts = {"versions": {"torch": os.environ.get("TORCH", "1")}, "settings": settings}
+    distributed.start(discover_process(), True, facts, problem)
+    print("joined")
+    distributed.stop()
+
+sys.exit(run_program(main))
+"""
+
+
+def ranks(*environments, world_size=None, port=None, **shared):
+    """Starts a rank for each environment; returns their exit codes and what they say, and the seconds it took."""
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+    started = time.monotonic()
+    processes = []
+    for rank, more in enumerate(environments):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size or len(environments), "MASTER_PORT": port}
+        env = {**env, "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "PATH": "/usr/bin:/bin", **shared, **more}
+        line = [sys.executable, "-c", PROGRAM]
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(line, env={k: str(v) for k, v in env.items()}, **out))
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    return [process.returncode for process in processes], said, time.monotonic() - started
+
+
+def errors(said):
+    return [[line for line in text.splitlines() if line.startswith("error:")] for text in said]
+
+
+@pytest.mark.parametrize(
+    ("second", "words", "code"),
+    [
+        ({"BROKEN": 1}, "no such preset (on rank 1", 2),
+        pytest.param({"TORCH": 2}, "in its versions: torch 2 there, 1 here; install", 2, marks=pytest.mark.slow),
+        pytest.param({"SEED": 7}, "in its settings: train.seed 7 there, 0 here", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_wrong_with_one_rank_ends_all_with_one_line(second, words, code):
+    codes, said, _ = ranks({}, second)
+    assert codes == [code, code]
+    first, other = errors(said)
+    assert len(first) == 1 and words in first[0] and other == []
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_is_named_in_time():
+    codes, said, seconds = ranks({}, {}, world_size=3, TBF_JOIN_TIMEOUT=3)
+    assert codes == [5, 5] and seconds < 60
+    assert "only 2 of 3 ranks joined" in said[0] and "no sign of rank 2" in said[0]
+
+
+@pytest.mark.slow
+def test_a_first_rank_that_is_not_there_is_named_by_the_others():
+    codes, said, _ = ranks({"RANK": 1}, world_size=2, TBF_JOIN_TIMEOUT=3)
+    assert codes == [5] and "cannot reach rank 0 at 127.0.0.1" in said[0]
+
+
+@pytest.mark.slow
+def test_a_taken_port_is_named():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        codes, said, _ = ranks({}, world_size=2, port=port, TBF_JOIN_TIMEOUT=3)
+    assert codes == [5] and f"cannot listen on port {port}" in said[0] and "ss -ltnp" in said[0]
