@@ -7,7 +7,8 @@ packed format and loaded from it. Beside them: the same model with plain FP32 pr
 same width and as many layers as ours has visits (FFN four times as wide, as BERT's is), in FP32 and bf16, and that BERT
 in ONNX Runtime, in FP32 and with dynamic int8 (needs `pip install 'tbf[bench]'`; left out where that is missing).
 Weights are random: times do not depend on them. Batches of 32 rows of 128 tokens, and single sentences of 24; all take
-turns in one run and medians are compared. The last line is one JSON object.
+turns in one run and medians are compared. `--cpu-time` counts the processor seconds of one thread, which other work on
+the machine lengthens little. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -148,16 +149,16 @@ def onnx_sessions(model: torch.nn.Module) -> dict[str, Embed]:
     return found
 
 
-def seconds(embed: Embed, ids: torch.Tensor) -> float:
+def seconds(embed: Embed, ids: torch.Tensor, clock: Callable[[], float]) -> float:
     """Time of one call, of as many as take a while."""
-    started, calls = time.perf_counter(), 0
-    while (passed := time.perf_counter() - started) < ENOUGH:
+    started, calls = clock(), 0
+    while (passed := clock() - started) < ENOUGH:
         embed(ids)
         calls += 1
     return passed / calls
 
 
-def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def measure(name: str, rounds: int, clock: Callable[[], float]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     candidates = build(name)
     generator = torch.Generator().manual_seed(0)
     rows, figures = [], {}
@@ -167,7 +168,7 @@ def measure(name: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, flo
         times: dict[str, list[float]] = {candidate: [] for candidate in candidates}
         for round_ in range(rounds + 1):
             for candidate, embed in candidates.items():
-                taken = seconds(embed, ids)
+                taken = seconds(embed, ids, clock)
                 if round_:
                     times[candidate].append(taken)
         rate = {candidate: batch / median(values) for candidate, values in times.items()}
@@ -188,12 +189,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="mini only, two rounds")
+    parser.add_argument("--cpu-time", action="store_true", help="processor seconds of one thread")
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
     print(default_plan(torch.device("cpu")))
     rows, figures = [], {}
     with torch.inference_mode():
         for name in ["mini"] if arguments.quick else arguments.models:
-            more, found = measure(name, 2 if arguments.quick else arguments.rounds)
+            more, found = measure(name, 2 if arguments.quick else arguments.rounds, clock)
             rows += more
             figures |= found
             gc.collect()
@@ -201,6 +206,7 @@ def main() -> None:
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": "processor" if arguments.cpu_time else "wall",
         "allocator": ALLOCATOR,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
