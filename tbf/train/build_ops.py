@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -37,10 +38,11 @@ def extensions_dir() -> Path:
     return cache_root() / "torch_extensions" / hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16]
 
 
-def prepare_ops(needs_cpu_adam: bool, say=print) -> bool:
+def prepare_ops(needs_cpu_adam: bool, say=print, *, needs_async_io: bool = False) -> bool:
     """Builds or loads what this run needs. Returns whether the fused host Adam is usable.
 
-    Every local rank calls it before the process group starts; the first one in builds while the others wait.
+    Every local rank calls it before the process group starts; the first one in builds while the others wait. Raises
+    HardwareError when NVMe offload is asked for and its operator can't be built: nothing stands in for it.
     """
     directory = extensions_dir()
     directory.mkdir(parents=True, exist_ok=True)
@@ -53,6 +55,13 @@ def prepare_ops(needs_cpu_adam: bool, say=print) -> bool:
         adam = not needs_cpu_adam or _build(CPU_ADAM, compiler, say)
         if os.environ.get("DS_ACCELERATOR") == "cpu" and not _build(SHARED_MEMORY_COMM, compiler, say):
             _disable_shared_memory_comm()
+        if needs_async_io:
+            require_async_io()
+            if not _build(ASYNC_IO, compiler, say):
+                raise HardwareError(
+                    "offload to NVMe needs DeepSpeed's async_io operator, which could not be built here; install a C++ "
+                    "compiler and libaio-dev, or offload to host RAM (p40_zero3.json)"
+                )
     return adam
 
 
@@ -80,9 +89,10 @@ def _build(builder_name: str, compiler: str | None, say) -> bool:
     fresh = not list((extensions_dir() / builder.NAME).glob("*.so"))
     if fresh:
         say(f"building {builder.NAME} once for this machine (one to three minutes) ...")
-    started, output = time.monotonic(), io.StringIO()
+    started = time.monotonic()
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        # A file, not a StringIO: DeepSpeed looks for libaio with the descriptor of stderr in its hand.
+        with tempfile.TemporaryFile("w+") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             builder.load(verbose=False)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = (str(error).strip().splitlines() or ["no message"])[-1]

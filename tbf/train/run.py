@@ -51,14 +51,17 @@ def train(arguments: argparse.Namespace, process: ProcessInfo, threads: int, all
     """Trains as the command line of launch/train.py asks; returns the exit code."""
     say = _speaker(process)
     torch.set_num_threads(threads)
-    problem = None
+    problem, fused_adam = None, True
     try:
         run, engine_config = _settings(arguments, process)
         say(f"tbf {tbf.__version__}: preset {run.preset}, {process.world_size} rank(s), {threads} thread(s) each"
             + (f", on the CPU: {cpu_reason}" if cpu_reason else "") + f"; allocator: {allocator}")  # fmt: skip
+        on_nvme = bool(nvme_folders(engine_config.config))
+        fused_adam = prepare_ops(engine_config.needs_cpu_adam, say, needs_async_io=on_nvme)
     except TbfError as error:  # the other ranks must hear of it
         problem = error
-    if not prepare_ops(problem is None and engine_config.needs_cpu_adam, say):
+        prepare_ops(False, say)  # what joining them takes
+    if not fused_adam:
         engine_config.config["optimizer"]["params"]["torch_adam"] = True
         say("the optimizer runs as torch's AdamW on the host instead of DeepSpeed's fused one: slower, same result")
     facts = {} if problem else _to_compare(run, engine_config)

@@ -106,6 +106,17 @@ def test_nvme_offload_with_libaio_passes(monkeypatch):
     build_ops.require_async_io()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_operator_for_nvme_is_built_before_the_ranks_meet_or_refused(builder, tmp_path, fails):
+    builder.NAME, builder.fails, builder.is_compatible = "async_io", fails, lambda verbose: True
+    if fails:
+        with pytest.raises(HardwareError, match="could not be built here"):
+            build_ops.prepare_ops(False, lambda text: None, needs_async_io=True)
+    else:
+        assert build_ops.prepare_ops(False, lambda text: None, needs_async_io=True)
+        assert (tmp_path / "async_io" / "cpu_adam.so").exists()
+
+
 def test_the_ninja_beside_the_interpreter_comes_before_the_systems(monkeypatch, tmp_path):
     """A login over ssh has another PATH; a second ninja would compile everything again."""
     (tmp_path / "python").touch()

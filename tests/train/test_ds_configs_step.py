@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ def losses(rank: int, world_size: int, ds_configs: list[str], changes: list[str]
     """The losses of the same steps under each config; every rank sees its share of the same rows."""
     deepspeed_on_gloo()
     from tbf.model.bitlinear import invalidate_ternary
+    from tbf.train.build_ops import prepare_ops
     from tbf.train.ds_config import load_ds_config
+    from tbf.train.ds_keys import nvme_folders
     from tbf.train.run import build_engine
 
     results = []
@@ -35,6 +38,8 @@ def losses(rank: int, world_size: int, ds_configs: list[str], changes: list[str]
         run = load_run_config("mini", [*changes, *(f"model.{k}={v}" for k, v in TINY["model"].items())])
         config, run = load_ds_config(path, run, world_size)
         config.config["optimizer"]["params"]["torch_adam"] = True  # nothing to compile
+        if nvme_folders(config.config):
+            prepare_ops(False, lambda text: None, needs_async_io=True)
         engine = build_engine(run, config, torch.device("cpu"), lambda text: None)
         engine.train()
         accumulation, rows = run.train.gradient_accumulation_steps, run.train.micro_batch_size
@@ -51,6 +56,10 @@ def losses(rank: int, world_size: int, ds_configs: list[str], changes: list[str]
             torch.distributed.all_reduce(mean)
             losses_of_run.append(mean.item())
         results.append(losses_of_run)
+        halves = [
+            x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.dtype in (torch.half, torch.bfloat16)
+        ]
+        assert not halves, f"{path}: the engine holds 16-bit tensors"
         engine.destroy()
         invalidate_ternary()
     return results
@@ -85,10 +94,7 @@ def test_every_shipped_config_steps(tmp_path):
     for name in SHIPPED:
         config = json.loads((FOLDER / name).read_text())
         if "nvme" in name:
-            if ctypes.util.find_library("aio") is None:
-                continue  # tests/train/test_build_ops.py has the refusal
-            for block in ("offload_optimizer", "offload_param"):
-                config["zero_optimization"][block]["nvme_path"] = str(tmp_path)
+            continue  # below
         names.append(name)
         paths.append(_write(tmp_path, config.pop("zero_optimization"), **config))
     [results] = run_distributed(losses, 1, paths, _settings(ternary=True), 3)
@@ -96,6 +102,18 @@ def test_every_shipped_config_steps(tmp_path):
     for name, found in zip(names, results):
         assert found == pytest.approx(results[0], rel=1e-5), name
         assert all(0 < loss < 10 for loss in found), name
+
+
+@pytest.mark.slow  # compiles DeepSpeed's async_io once
+@pytest.mark.skipif(ctypes.util.find_library("aio") is None, reason="libaio is not installed (apt install libaio-dev)")
+def test_the_nvme_config_takes_the_steps_of_its_sibling(tmp_path):
+    config = json.loads((FOLDER / "p40_zero3_nvme.json").read_text())
+    for block in ("offload_optimizer", "offload_param"):
+        config["zero_optimization"][block]["nvme_path"] = str(tmp_path)
+    paths = [str(FOLDER / "p40_zero3.json"), _write(tmp_path, config.pop("zero_optimization"), **config)]
+    [(sibling, found)] = run_distributed(losses, 1, paths, _settings(ternary=True), 3, timeout_s=900)
+    assert found == pytest.approx(sibling, rel=1e-5) and found[-1] != found[0]
+    assert any(tmp_path.rglob("*.swp")), "nothing was written to the disk"
 
 
 @pytest.mark.slow
