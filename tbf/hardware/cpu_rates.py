@@ -21,7 +21,7 @@ from tbf.ops.ternary_build import cache_folder, source_hash
 from tbf.ops.ternary_probe import default_plan
 from tbf.system import processor
 
-_VERSION = 3
+_VERSION = 4
 _SMALL, _LARGE = 1 << 16, 1 << 24  # elements: in the cache, and far beyond it
 
 
@@ -123,11 +123,12 @@ def _ternary_rates() -> dict[str, float]:
 
 
 def _seconds(call: Callable[[], object], budget: float = 0.12) -> float:
-    """Median seconds of a call, warmed up, over about `budget` seconds."""
+    """Seconds of a call that nothing disturbs, warmed up: the first quartile of about `budget` seconds of calls, since
+    other programs only ever slow one down."""
     call()
     times, started = [], time.perf_counter()
     while len(times) < 5 or (time.perf_counter() - started < budget and len(times) < 200):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.quantiles(times, n=4)[0]

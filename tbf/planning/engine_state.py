@@ -188,11 +188,14 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
         items += [host("buffers for weights on NVMe", buffers, pin=on_cuda), Item("weights", "nvme", share)]
     if ranks > 1 or (on_cuda and engine.offload_param != "none"):
         live = min(model.total, max(engine.max_live, model.largest_module)) - (0 if on_cuda else model.small)
-        gathering = min(engine.prefetch, model.total)
         items.append(Item("gathered weights", "device", FLOAT * live, "pass"))
-        items.append(Item("weights being gathered", "device", FLOAT * gathering, "pass"))
-    if ranks > 1:
-        items.append(Item("gradients being scattered", "device", bucket, "pass"))
+        if model.total > engine.max_live:  # else all of them lie there by the time that needs the most
+            items.append(Item("weights being gathered", "device", FLOAT * min(engine.prefetch, model.total), "pass"))
+        if ranks > 1 and model.total <= engine.reduce_bucket:  # one reduction, once the activations are gone
+            items.append(Item("gathered weights", "device", FLOAT * live, "reduce"))
+            items.append(Item("gradients being scattered", "device", bucket, "reduce"))
+        elif ranks > 1:
+            items.append(Item("gradients being scattered", "device", bucket, "pass"))
     if engine.offload_optimizer == "none":
         items += [
             Item("master weights", "device", share),

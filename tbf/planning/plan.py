@@ -18,7 +18,7 @@ from tbf.model.flops import build_meta, parameters_by_part, training_flops_per_t
 from tbf.ops.ternary_backends import TernaryPlan
 from tbf.ops.ternary_probe import default_plan
 from tbf.planning.activations import Activations, activations, replay
-from tbf.planning.engine_state import Engine, Item, ModelFacts, engine_items, model_facts
+from tbf.planning.engine_state import FLOAT, Engine, Item, ModelFacts, engine_items, model_facts
 from tbf.planning.estimate import estimate_pieces
 from tbf.planning.timing import StepTime, step_time
 from tbf.planning.traffic import Traffic, step_traffic
@@ -202,7 +202,10 @@ class Planner:
         facts = self._once(_facts, run.model, engine.persistence)
         items = engine_items(facts, engine, machine.ranks, machine.device.on_cuda)
         memory = memory_by_place(items, pass_, machine.device.on_cuda)
-        host = machine.gpus * (memory["host"] + PROCESS_BYTES + run.data.num_workers * WORKER_BYTES)
+        kept = (
+            FLOAT * facts.total
+        )  # freed when the engine has taken the weights over, yet glibc keeps it (environment.py)
+        host = machine.gpus * (memory["host"] + kept + PROCESS_BYTES + run.data.num_workers * WORKER_BYTES)
         verdicts = [Verdict("host memory", host, machine.host_memory)]
         if machine.device.on_cuda:
             verdicts.insert(0, Verdict("GPU memory", memory["device"], machine.device.memory))

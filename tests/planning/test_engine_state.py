@@ -110,6 +110,17 @@ def test_ranks_share_the_optimizer_but_not_zero2s_weights():
     assert held(2, 4, "host") <= held(2, 1, "host") / 3.7
 
 
+def test_ranks_of_zero3_scatter_while_activations_lie_there_only_where_a_bucket_fills_before_the_end():
+    def held(bucket, live, when):
+        items = engine_items(FACTS, Engine(3, "cpu", "cpu", reduce_bucket=bucket, max_live=live), 2, on_cuda=False)
+        return {item.name for item in items if item.when == when}
+
+    scattered, gathering = "gradients being scattered", "weights being gathered"
+    assert scattered in held(BUCKET, P, "pass") and scattered not in held(BUCKET, P, "reduce")
+    assert scattered in held(2 * P, P, "reduce") and scattered not in held(2 * P, P, "pass")
+    assert gathering in held(BUCKET, P // 2, "pass") and gathering not in held(BUCKET, P, "pass")
+
+
 def test_nvme_holds_what_the_host_would():
     engine = Engine(3, "nvme", "nvme", sub_group=100_000, param_buffer_size=50_000)
     items = engine_items(FACTS, engine, 1, on_cuda=True)

