@@ -39,7 +39,6 @@ STAGES = ("prepare", "rates", "train", "evaluate", "table")
 DS_CONFIG = ROOT / "ds_configs" / "p40_zero2.json"
 SAVES = 10
 """Checkpoints of a run; all of them are kept, so that a longer run can start where no decay has been."""
-RATE_STEPS, WARM_STEPS = 40, 10
 
 
 class Quality:
@@ -69,9 +68,17 @@ class Quality:
             for model in MODELS:
                 with tempfile.TemporaryDirectory(dir=self.work) as folder:
                     run = Path(folder) / model
-                    changes = ["train.export_at_end=false", "train.eval_rows=1", "train.log_every=1"]
-                    self._train(model, RATE_STEPS, run, changes, log=f"rates-{model}-{number}")
-                    rows = [row for row in read_rows(run / "metrics.csv") if int(row["step"]) > WARM_STEPS]
+                    changes = [
+                        "export_at_end=false",
+                        "log_every=1",
+                        "eval_rows=1",
+                        "eval_every=1000",
+                        "save_every=1000",
+                    ]
+                    changes = [f"train.{change}" for change in changes]
+                    self._train(model, self.asked.rate_steps, run, changes, log=f"rates-{model}-{number}")
+                    warm = self.asked.rate_steps // 4
+                    rows = [row for row in read_rows(run / "metrics.csv") if int(row["step"]) > warm]
                     found[model].append(median(float(row["tokens_per_s"]) for row in rows))
         self.rates_file.write_text(json.dumps({model: median(values) for model, values in found.items()}) + "\n")
         print(f"tokens/s: {found}", flush=True)
@@ -209,6 +216,7 @@ def main() -> None:
     add("--rows", type=int, default=8, metavar="N", help="of a batch (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-3, metavar="X")
     add("--warmup-steps", type=int, default=100, metavar="N")
+    add("--rate-steps", type=int, default=40, metavar="N", help="steps of a round of the rates (default: %(default)s)")
     add("--rounds", type=int, default=3, metavar="N", help="of the rates (default: %(default)s)")
     add("--eval", default="", metavar="'...'", help="options of tbf eval")
     add(
