@@ -24,8 +24,11 @@ ZERO = [
 ROWS, TOKENS, VOCABULARY = 4, 24, 64
 
 
-def losses(rank: int, world_size: int, ds_configs: list[str], changes: list[str], steps: int) -> list[list[float]]:
-    """The losses of the same steps under each config; every rank sees its share of the same rows."""
+def losses(
+    rank: int, world_size: int, ds_configs: list[str], changes: list[str], steps: int, fused: bool = False
+) -> list[list[float]]:
+    """The losses of the same steps under each config; every rank sees its share of the same rows. `fused`: by
+    DeepSpeed's host Adam, which may have to be compiled, instead of torch's."""
     deepspeed_on_gloo()
     from tbf.model.bitlinear import invalidate_ternary
     from tbf.train.build_ops import prepare_ops
@@ -35,11 +38,11 @@ def losses(rank: int, world_size: int, ds_configs: list[str], changes: list[str]
 
     results = []
     for path in ds_configs:
-        run = load_run_config("mini", [*changes, *(f"model.{k}={v}" for k, v in TINY["model"].items())])
+        run = load_run_config("mini", [*(f"model.{k}={v}" for k, v in TINY["model"].items()), *changes])
         config, run = load_ds_config(path, run, world_size)
-        config.config["optimizer"]["params"]["torch_adam"] = True  # nothing to compile
+        config.config["optimizer"]["params"]["torch_adam"] = not fused
         if nvme_folders(config.config):
-            prepare_ops(False, lambda text: None, needs_async_io=True)
+            prepare_ops(fused, lambda text: None, needs_async_io=True)
         engine = build_engine(run, config, torch.device("cpu"), lambda text: None)
         engine.train()
         accumulation, rows = run.train.gradient_accumulation_steps, run.train.micro_batch_size
@@ -58,6 +61,8 @@ def losses(rank: int, world_size: int, ds_configs: list[str], changes: list[str]
         results.append(losses_of_run)
         kinds = {x.dtype for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.numel() > 1}
         assert not kinds & {torch.float16, torch.bfloat16}, f"{path}: the engine holds 16-bit tensors"
+        for folder in nvme_folders(config.config):
+            assert sum(path.stat().st_size for path in folder.rglob("*.swp")) > 1e6, "nothing went to the disk"
         engine.destroy()
         invalidate_ternary()
     return results
@@ -104,14 +109,24 @@ def test_every_shipped_config_steps(tmp_path):
 
 @pytest.mark.slow  # compiles DeepSpeed's async_io once
 @pytest.mark.skipif(ctypes.util.find_library("aio") is None, reason="libaio is not installed (apt install libaio-dev)")
-def test_the_nvme_config_takes_the_steps_of_its_sibling(tmp_path):
-    config = json.loads((FOLDER / "p40_zero3_nvme.json").read_text())
-    for block in ("offload_optimizer", "offload_param"):
-        config["zero_optimization"][block]["nvme_path"] = str(tmp_path)
-    paths = [str(FOLDER / "p40_zero3.json"), _write(tmp_path, config.pop("zero_optimization"), **config)]
-    [(sibling, found)] = run_distributed(losses, 1, paths, _settings(ternary=True), 3, timeout_s=900)
-    assert found == pytest.approx(sibling, rel=1e-5) and found[-1] != found[0]
-    assert any(tmp_path.rglob("*.swp")), "nothing was written to the disk"
+def test_nvme_offload_takes_steps(tmp_path):
+    """On a model whose weights and moments are large enough for DeepSpeed to move: from a megabyte on.
+
+    Weights on NVMe change nothing. The optimizer there takes other steps than in host memory (DeepSpeed 0.19.8, also
+    without pipelining, clipping or weight decay); ds_configs/README.md says so. When that is mended, so is this test.
+    """
+    paths, changes = [str(FOLDER / "p40_zero3.json")], [*_settings(), "model.hidden_size=256"]
+    for places in (["offload_param"], ["offload_param", "offload_optimizer"]):
+        config = json.loads((FOLDER / "p40_zero3_nvme.json").read_text())
+        zero = config.pop("zero_optimization") | {"stage3_param_persistence_threshold": 10_000}
+        zero |= {place: {**zero[place], "nvme_path": str(tmp_path)} for place in places}
+        if "offload_optimizer" not in places:
+            zero["offload_optimizer"] = ON_HOST
+        paths.append(_write(tmp_path, zero, **config))
+    [(sibling, weights, everything)] = run_distributed(losses, 1, paths, changes, 3, True, timeout_s=900)
+    assert weights == pytest.approx(sibling, rel=1e-5)
+    assert everything[0] == pytest.approx(sibling[0], rel=1e-5)
+    assert everything == pytest.approx(sibling, rel=1e-2) and everything[-1] < everything[0]
 
 
 @pytest.mark.slow
