@@ -134,12 +134,15 @@ def _zero12(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> lis
         return Item(name, "host", _pinned(size) if pinned else size, when)
 
     bucket = _bucket(model, engine, on_cuda)
-    items = [Item("weights", "device", whole), Item("reduction bucket", "device", bucket, "pass")]
+    at_the_end = not on_cuda and model.total <= engine.reduce_bucket  # host pages are taken as gradients come in
+    filled = "reduce" if at_the_end else "pass"
+    items = [Item("weights", "device", whole), Item("reduction bucket", "device", bucket, filled)]
     if engine.stage == 1:
         # Gradients stay in the parameters until the last micro-batch. With one, the pass itself counts them.
         name = "gradients of the whole model"
         items.append(Item(name, "device", whole, "pass" if engine.accumulation > 1 else "reduce"))
-        items.append(Item("reduction bucket", "device", bucket, "reduce"))
+        if not at_the_end:
+            items.append(Item("reduction bucket", "device", bucket, "reduce"))
     if offload:
         largest = FLOAT * model.largest
         items += [
