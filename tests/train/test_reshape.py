@@ -112,7 +112,10 @@ def saved(tmp_path_factory):
     return root, run_distributed(save_and_go_on, 2, root, SAVED)[0]
 
 
-@pytest.mark.parametrize(("ranks", "cases"), [(2, TWO_RANKS), (1, ONE_RANK)])
+@pytest.mark.parametrize(
+    ("ranks", "cases"), [(2, TWO_RANKS[:2]), pytest.param(2, TWO_RANKS[2:], marks=pytest.mark.slow),
+                         (1, ONE_RANK[:1]), pytest.param(1, ONE_RANK[1:], marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_run_goes_on_in_another_shape(saved, ranks, cases):
     root, straight = saved
     found = run_distributed(resume, ranks, root, cases)[0]
