@@ -116,6 +116,8 @@ class TrainConfig:
     eval_every: int = 100
     eval_rows: int = 64
     save_every: int = 500
+    save_in_background: bool = False
+    """Training waits for a copy in host memory only, as large as what the node's ranks save; see docs/trust.md."""
     keep_last: int = 2
     keep_best: int = 1
     log_every: int = 10

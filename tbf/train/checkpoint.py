@@ -34,6 +34,7 @@ from tbf.checkpoints.folder import CheckpointFolder, Entry, by_loss, folder_name
 from tbf.checkpoints.manifest import MANIFEST_NAME, Manifest, flatten
 from tbf.checkpoints.storage import Storage
 from tbf.errors import CheckpointError, ConfigError
+from tbf.train.background import BackgroundSave, memory_for_a_copy
 from tbf.train.rng import load_rng, rng_bytes
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class CheckpointStore(CheckpointFolder):
         self.keep_best = keep_best
         self.fingerprint = fingerprint
         self._last_step: int | None = None  # of the checkpoint in `root` that this run last loaded or saved
+        self._saving: BackgroundSave | None = None
+        self._told = False
 
     def prepare(self, engine: Any, rank: int) -> None:
         """Raises CheckpointError at the start of a run when its first checkpoint could not be saved."""
@@ -91,8 +94,12 @@ class CheckpointStore(CheckpointFolder):
         val_loss: float | None = None,
         *,
         healthy: bool = True,
+        background: bool = False,
     ) -> Path:
         """Writes a checkpoint of all ranks and returns its folder; then drops what rotation no longer keeps.
+
+        `background` copies the state into host memory and leaves the writing to a thread, where memory allows: the
+        checkpoint is complete, or its CheckpointError raised, when `finish` returns; `save` and `load` call it first.
 
         `state` is the trainer's own, plain JSON values, equal on all ranks; `val_loss` the validation loss of exactly
         this step; `healthy=False` keeps it out of the rotation's count. A step that was just loaded or saved is not
@@ -101,9 +108,10 @@ class CheckpointStore(CheckpointFolder):
         from tbf.train.deepspeed_io import engine_facts, save_engine
 
         final = self.root / folder_name(step)
+        self.finish()
         if step == self._last_step:
             return final
-        started = time.monotonic()
+        started, before = time.monotonic(), self._last_step
         trainer_state = to_json(state)
         facts = engine_facts(engine)
         aside = self.root / f"{_SAVING}{step}" / final.name
@@ -112,6 +120,8 @@ class CheckpointStore(CheckpointFolder):
             if leads:
                 self._make_ready(facts)
                 aside.mkdir(parents=True)
+        background = background and self._can_copy(facts, world_size)
+
         try:
             with ranks.together(f"cannot save {final}"):
                 if not aside.is_dir():
@@ -119,26 +129,62 @@ class CheckpointStore(CheckpointFolder):
                         f"{aside} was made by rank {self.storage.members[0]} but cannot be seen here; "
                         "is the file system of the run folder still mounted?"
                     )
-                records = {f"rng_rank{rank}.pt": write_durable(aside / f"rng_rank{rank}.pt", rng_bytes())}
-                if leads:
-                    records[STATE_NAME] = write_durable(aside / STATE_NAME, trainer_state)
-            io = save_engine(engine, aside, {"tbf": {"step": step}}, None if self.storage.shared else leads)
-            ranks.raise_together(CheckpointError(io.problem) if io.problem else None)
-            parts = ranks.gather({**records, **io.records})
+                contents = {f"rng_rank{rank}.pt": rng_bytes(), **({STATE_NAME: trainer_state} if leads else {})}
+            weights = None if self.storage.shared else leads
+            io = save_engine(engine, aside, {"tbf": {"step": step}}, weights, later=background)
+
+            def write() -> dict[str, FileRecord]:
+                io.write()
+                if io.problem:
+                    raise CheckpointError(io.problem)
+                return io.records | {name: write_durable(aside / name, data) for name, data in contents.items()}
+
+            def commit(parts: list[dict[str, FileRecord]]) -> None:
+                files = {name: record for member in self.storage.members for name, record in parts[member].items()}
+                others = {name: record for part in parts for name, record in part.items() if name not in files}
+                manifest = self._describe(engine, facts, step, world_size, val_loss, healthy, files, others)
+                self._commit(aside, final, manifest, before)
+                size, seconds = manifest.total_bytes / 1e9, time.monotonic() - started
+                logger.info("saved %s: %.2f GB in %.1f s", final, size, seconds)
+
+            self._last_step = step
+            if background:
+                self._saving = BackgroundSave(step, aside, rank, world_size, write, commit)
+                return final
+            with ranks.together(f"cannot save {final}"):
+                records = write()
+            parts = ranks.gather(records)
             with ranks.together(f"cannot save {final}"):
                 if leads:
-                    files = {name: record for member in self.storage.members for name, record in parts[member].items()}
-                    others = {n: record for part in parts for n, record in part.items() if n not in files}
-                    manifest = self._describe(engine, facts, step, world_size, val_loss, healthy, files, others)
-                    self._commit(aside, final, manifest)
-                    size, seconds = manifest.total_bytes / 1e9, time.monotonic() - started
-                    logger.info("saved %s: %.2f GB in %.1f s", final, size, seconds)
+                    commit(parts)
         except CheckpointError:
+            self._last_step = before
             if leads:
                 shutil.rmtree(aside.parent, ignore_errors=True)
             raise
-        self._last_step = step
         return final
+
+    def finish(self) -> None:
+        """Waits for a save in the background. Collective while there is one. Raises CheckpointError if it failed."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.finish()
+
+    def let_go(self) -> None:
+        """Ends a save in the background of a run that failed, without the other ranks."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.let_go()
+
+    def _can_copy(self, facts: EngineFacts, world_size: int) -> bool:
+        """Whether to save in the background; says once why not."""
+        why = "" if self.storage.shared else "machines write to disks of their own"
+        if not why and not memory_for_a_copy(self._size(facts), world_size):
+            why = f"no memory for a copy of the state ({self._size(facts) / 1e9:.1f} GB)"
+        if why and not self._told:
+            self._told = True
+            logger.warning("train.save_in_background: %s; checkpoints are written while training waits", why)
+        return not why
 
     def load(self, engine: Any, which: str | int | Path, rank: int, world_size: int) -> dict[str, Any]:
         """Restores weights, optimizer and random generators on every rank; returns the state given to `save`.
@@ -150,6 +196,7 @@ class CheckpointStore(CheckpointFolder):
         """
         from tbf.train.deepspeed_io import engine_facts, load_engine
 
+        self.finish()
         path = Path(which)
         if isinstance(which, int) or str(which) in ("latest", "best") or str(which).isdecimal():
             path = self.find(which)
@@ -157,7 +204,7 @@ class CheckpointStore(CheckpointFolder):
         check_fits(manifest, engine, path, self.fingerprint)
         differing = other_shape(manifest, engine_facts(engine), world_size)
         with ranks.together(f"cannot read {path}"):
-            state = json.loads((path / STATE_NAME).read_bytes())
+            state = _read_state(path / STATE_NAME)
         if differing and manifest.elsewhere:
             raise CheckpointError(
                 f"{path} was saved otherwise ({differing}), and other machines hold {len(manifest.elsewhere)} of its "
@@ -175,6 +222,10 @@ class CheckpointStore(CheckpointFolder):
         if path.resolve().parent == self.root.resolve():
             self._last_step = manifest.step
         return state
+
+    def last_healthy(self) -> Path | None:
+        self.finish()
+        return super().last_healthy()
 
     def _load_reshaped(self, engine: Any, path: Path, differing: str) -> None:
         from tbf.train.reshape import load_reshaped
@@ -220,15 +271,18 @@ class CheckpointStore(CheckpointFolder):
                 "and would rotate away; pass --resume auto, or another --run-dir"
             )
         self.sweep()
-        same = [manifest.total_bytes for _, manifest in self.entries() if manifest.layout == facts.layout]
-        # FP32 weights, master weights and two Adam moments, where no earlier checkpoint says it exactly.
-        needed = int((same[0] if same else 16 * facts.parameters) * 1.05) + _SPARE_BYTES
+        needed = int(self._size(facts) * 1.05) + _SPARE_BYTES
         free = free_bytes(self.root)
         if free < needed:
             raise CheckpointError(
                 f"a checkpoint needs {needed / 1e9:.2f} GB and {self.root} has {free / 1e9:.2f} GB free; "
                 "free some space, lower train.keep_last or train.keep_best, or pass another --run-dir"
             )
+
+    def _size(self, facts: EngineFacts) -> int:
+        """Bytes of a checkpoint: as the last one had, or FP32 weights, master weights and two Adam moments."""
+        same = [manifest.total_bytes for _, manifest in self.entries() if manifest.layout == facts.layout]
+        return same[0] if same else 16 * facts.parameters
 
     def _describe(
         self,
@@ -264,11 +318,11 @@ class CheckpointStore(CheckpointFolder):
             elsewhere=elsewhere,
         )
 
-    def _commit(self, aside: Path, final: Path, manifest: Manifest) -> None:
+    def _commit(self, aside: Path, final: Path, manifest: Manifest, before: int | None) -> None:
         sync_folder(aside)
         manifest.write(aside)
         sync_folder(aside)
-        self._set_aside_newer(self._last_step)
+        self._set_aside_newer(before)
         move_folder(aside, final)  # from here on it counts
         aside.parent.rmdir()
         entries = self.entries()
@@ -306,6 +360,13 @@ class CheckpointStore(CheckpointFolder):
         hidden = self.root / f"{_DELETING}{folder.name}"
         move_folder(folder, hidden)
         remove_folder(hidden, first=MANIFEST_NAME)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}); use another checkpoint") from None
 
 
 def check_fits(manifest: Manifest, engine: Any, path: Path, fingerprint: str) -> None:

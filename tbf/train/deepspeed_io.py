@@ -28,6 +28,7 @@ from tbf.checkpoints.files import FileRecord, durable_file
 from tbf.checkpoints.manifest import unsafe_content
 from tbf.errors import CheckpointError
 from tbf.model.bitlinear import invalidate_ternary
+from tbf.train.background import snapshot
 
 
 class DurableCheckpointEngine(TorchCheckpointEngine):
@@ -37,12 +38,26 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
     left it early would leave the others waiting there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, later: bool = False) -> None:
+        """`later` makes `save` keep a copy in host memory that `write` puts on the disk."""
         super().__init__()
         self.records: dict[str, FileRecord] = {}
         self.problem: str | None = None
+        self._later = later
+        self._kept: list[tuple[Any, str]] = []
 
     def save(self, state_dict: Any, path: str) -> None:
+        if self._later:
+            self._kept.append((snapshot(state_dict), path))
+        else:
+            self._save_now(state_dict, path)
+
+    def write(self) -> None:
+        """Writes what was kept, and lets go of it."""
+        while self._kept:
+            self._save_now(*self._kept.pop())
+
+    def _save_now(self, state_dict: Any, path: str) -> None:
         target, cause = Path(path), None
         try:
             with durable_file(target) as handle:
@@ -66,9 +81,9 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
 
 
 @contextlib.contextmanager
-def durable_io(engine: Any) -> Iterator[DurableCheckpointEngine]:
+def durable_io(engine: Any, later: bool = False) -> Iterator[DurableCheckpointEngine]:
     """Lets `engine` save and load through a DurableCheckpointEngine inside the block."""
-    ours = DurableCheckpointEngine()
+    ours = DurableCheckpointEngine(later)
     theirs, engine.checkpoint_engine = engine.checkpoint_engine, ours
     # The scripts it would put beside each checkpoint load pickles; tbf's converter reads the files safely.
     engine._copy_recovery_script = lambda save_path: None
@@ -104,16 +119,17 @@ def engine_facts(engine: Any) -> EngineFacts:
 
 
 def save_engine(
-    engine: Any, folder: Path, client_state: dict[str, Any], weights: bool | None = None
+    engine: Any, folder: Path, client_state: dict[str, Any], weights: bool | None = None, later: bool = False
 ) -> DurableCheckpointEngine:
-    """Collective: DeepSpeed's files into `folder`. The caller looks at `.problem` and `.records` of the result.
+    """Collective: DeepSpeed's files into `folder`, `later` by the result's `write`. The caller looks at its `.problem`
+    and `.records`.
 
     `weights`: whether this rank writes the weights that ZeRO-1 and -2 keep whole on every rank; None leaves that to
     DeepSpeed, whose rank 0 does.
     """
     if weights is not None and engine.zero_optimization_stage() < 3:
         engine.save_non_zero_checkpoint = weights
-    with durable_io(engine) as io:
+    with durable_io(engine, later) as io:
         # Versioned for DeepSpeed's universal format, through which a run may later continue on other ranks.
         client_state = {**client_state, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
         engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False)

@@ -141,7 +141,7 @@ def _refuse_other_settings(folder: Path, run: RunConfig) -> None:
             **{f"data.{k}": v for k, v in saved["data"].items()},
             "seed": saved["train"]["seed"],
         }
-    except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} cannot be read ({error}); choose another --run-dir") from None
     ours = run.to_dict()
     mine = {**ours["model"], **{f"data.{k}": v for k, v in ours["data"].items()}, "seed": ours["train"]["seed"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import logging
 import os
 import random
@@ -41,6 +41,7 @@ def damage_checkpoints(folder: Path, straight: Path) -> list[Tally]:
                 path.unlink() if change is None else path.write_bytes(change)
                 row.record(**_found(run_dir, path, paths[1]))
                 path.write_bytes(content)
+    logging.getLogger("tbf").setLevel(logging.NOTSET)
     return rows
 
 
@@ -103,17 +104,34 @@ def clock_set_back(runs: Runs, straight: Path) -> Tally:
 
 def second_process(runs: Runs, straight: Path) -> Tally:
     tally = Tally("a second process on the run folder", "refused with the first one's pid, exit 4; the first goes on")
-    for _ in range(3):
-        board, name = Board(), f"shared-{tally.tried}"
-        first = runs.start(name, board=board)
-        while board.step < 1 and first.wait(0) is None:
+    for number in range(3):
+        board, name = Board(), f"shared-{number}"
+        first = runs.start(name, board=board, before=functools.partial(_wait_at_three, board))
+        while board.step < 3 and first.wait(0) is None:
             time.sleep(0.001)
         second = runs.start(name)
-        code, ours = second.wait(), first.wait()
-        problem = f"exit code {code}" if code != 4 else f"the first one: {ours}" if ours else ""
-        problem = problem or difference(runs.folder / name, straight)
+        code, text = second.wait(), second.text()
+        board.set(changes=1)
+        ours = first.wait()
+        problem = (
+            "" if code == CheckpointError.exit_code and f"pid {first.pid}" in text else f"exit code {code}: {text}"
+        )
+        problem = problem or (f"the first one: {ours}" if ours else difference(runs.folder / name, straight))
         tally.record(problem, corrupt=code == 0, seconds=second.seconds)
     return tally
+
+
+def _wait_at_three(board: Board) -> None:
+    from tbf.train.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def take(trainer: Trainer, steps: object) -> object:
+        while trainer.step == 3 and board.changes == 0:
+            time.sleep(0.001)
+        return step(trainer, steps)
+
+    Trainer.train_step = take
 
 
 def full_disk_in_runs(runs: Runs, straight: Path, changes: int, draw: random.Random, times: int) -> Tally:
@@ -257,7 +275,3 @@ def _mount(options: str, place: Path, *what: str) -> str:
     except OSError as error:
         return f"no mount: {error.strerror}"
     return "" if done.returncode == 0 else f"mount is not allowed here ({done.stderr.strip()[:60]})"
-
-
-def status_of(run_dir: Path) -> dict[str, object]:
-    return json.loads((run_dir / "run_status.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import signal
 import time
@@ -14,12 +15,12 @@ from tests.faults.processes import SAVE_EVERY, STEPS, Board, Child, Runs, differ
 from tests.faults.tally import Tally
 
 EQUAL = "resumes from the last complete checkpoint; the finished run is bitwise equal"
-Strike = Callable[[Runs, str, Board, random.Random], Child]
+Strike = Callable[[Callable[..., Child], Path, Board, random.Random], Child]
 
 
-def at_a_moment(runs: Runs, name: str, board: Board, draw: random.Random) -> Child:
+def at_a_moment(start: Callable[..., Child], run_dir: Path, board: Board, draw: random.Random) -> Child:
     """Kills at a random time: mostly in the steps and saves, sometimes while the run starts."""
-    child = runs.start(name, board=board)
+    child = start()
     if draw.random() < 0.8:
         while board.step < 0 and child.wait(0) is None:
             time.sleep(0.001)
@@ -33,9 +34,9 @@ def at_a_moment(runs: Runs, name: str, board: Board, draw: random.Random) -> Chi
 def at_a_change(changes: int) -> Strike:
     """Kills before one of the `changes` that a whole run makes to its folder, or in the middle of a write."""
 
-    def strike(runs: Runs, name: str, board: Board, draw: random.Random) -> Child:
+    def strike(start: Callable[..., Child], run_dir: Path, board: Board, draw: random.Random) -> Child:
         act = disk.die_at(draw.randrange(changes))
-        child = runs.start(name, board=board, before=lambda: disk.watch(runs.folder / name, act))
+        child = start(before=lambda: disk.watch(run_dir, act))
         assert child.wait() is not None, child.text()[-2000:]
         return child
 
@@ -53,14 +54,19 @@ def count_changes(runs: Runs) -> int:
 def kill_runs(
     runs: Runs, straight: Path, fault: str, draw: random.Random, kills: int, strike: Strike, name: str
 ) -> Tally:
-    """Kills runs until `kills` have hit; every run is resumed until it ends by itself, then compared."""
+    """Kills runs until `kills` have hit; every run is resumed until it ends by itself, then compared.
+
+    Every other run saves beside training, the others while it waits.
+    """
     tally = Tally(fault, EQUAL)
     hits: list[tuple[str, int]] = []
     number = before = 0
     while tally.tried < kills or hits:
         run_dir, board = runs.folder / f"{name}-{number}", Board()
         enough = tally.tried + len(hits) >= kills
-        child = runs.start(run_dir.name, board=board) if enough else strike(runs, run_dir.name, board, draw)
+        way = f"train.save_in_background={'true' if number % 2 == 0 else 'false'}"
+        start = functools.partial(runs.start, run_dir.name, way, board=board)
+        child = start() if enough else strike(start, run_dir, board, draw)
         code = child.wait()
         wrong = ""
         if board.resumed >= 0 and board.resumed != before:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -51,8 +52,9 @@ class Launched:
         left = [process for process in psutil.process_iter() if _group(process.pid) == self.process.pid]
         mine = [psutil.Process(pid) for pid in self.ranks().values() if psutil.pid_exists(pid)]
         for process in [*left, *mine]:
-            if process in left or str(self.dir) in process.cmdline():
-                process.kill()
+            with contextlib.suppress(psutil.Error):
+                if process in left or str(self.dir) in process.cmdline():
+                    process.kill()
         self.process.wait(60)
         return self.log.read_text(errors="replace")[-3000:]
 

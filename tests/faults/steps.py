@@ -9,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 
-from tests.faults.damage import status_of
+from tbf.train.status import read_status
 from tests.faults.processes import STEPS, Board, Child, Runs, newest
 from tests.faults.tally import Tally
 from tests.helpers.faults import KINDS, Fault, faults
@@ -85,8 +85,8 @@ def _lost(runs: Runs, draw: random.Random, each: int, fault: str, number: int | 
         if number is None and "Traceback" in children[victim].text() and "memory" not in children[victim].text():
             tally.record(f"it does not speak of memory: {children[victim].text()[-300:]}")
             continue
-        status = status_of(runs.folder / name)
-        if status["state"] != "failed":
+        status = read_status(runs.folder / name)
+        if status["state"] not in ("failed", "killed"):
             tally.record(f"run_status.json says {status}", seconds=seconds)
             continue
         left = newest(runs.folder / name)

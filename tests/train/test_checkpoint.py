@@ -410,6 +410,53 @@ def test_killed_anywhere_in_a_save(tmp_path):
     assert killed == sorted(killed) and set(killed) == {2, 3}  # once it is there it stays
 
 
+# -- beside training
+
+
+def test_a_save_in_the_background_holds_what_was_true_when_it_began(root):
+    store, engine = CheckpointStore(root), FakeEngine()
+    path = save(store, 1, engine=engine, background=True)
+    engine.weight.zero_()
+    store.finish()
+    assert Manifest.read(path).step == 1 and load_newest(root)[0] == 1  # which compares the weights
+    assert not list(root.glob(".*"))
+
+
+def test_a_copy_keeps_what_is_shared_shared():
+    from tbf.train.background import snapshot
+
+    weight = torch.arange(6.0)
+    state = {"a": weight, "tied": weight, "part": [weight[2:4]], "pair": (1, weight)}
+    copied = snapshot(state)
+    weight.zero_()
+    assert copied["a"] is copied["tied"] is copied["pair"][1] and copied["a"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert copied["part"][0].tolist() == [2, 3] and copied["part"][0].untyped_storage().nbytes() == 8
+
+
+def test_without_memory_for_a_copy_it_waits_and_says_so_once(root, monkeypatch, caplog):
+    monkeypatch.setattr("tbf.train.background.host_memory", lambda: (10**9, 10))
+    store = CheckpointStore(root)
+    for step in (1, 2):
+        save(store, step, background=True)
+        assert store._saving is None and saved_steps(root)[-1] == step
+    assert [record.levelname for record in caplog.records if "no memory for a copy" in record.message] == ["WARNING"]
+
+
+def test_a_failure_in_the_background_comes_to_light_and_the_earlier_ones_stay(three, monkeypatch):
+    _, store = load_newest(three)
+
+    def full(handle, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.DurableFile, "write", full)
+    save(store, 4, background=True)
+    with pytest.raises(CheckpointError, match="No space left"):
+        store.finish()
+    monkeypatch.undo()
+    assert saved_steps(three) == [1, 2, 3] and not list(three.glob(".saving*"))
+    assert load_newest(three)[0] == 3
+
+
 def test_importing_the_reading_side_does_not_need_deepspeed():
     code = "import sys, tbf.train.checkpoint; sys.exit('deepspeed' in sys.modules)"
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0

@@ -64,6 +64,47 @@ def test_two_ranks_agree_on_files_failures_and_fallback(tmp_path):
     assert first["fallback"] == "step-00000001"
 
 
+def in_the_background(rank, world_size, root):
+    """Saves beside training on two ranks; then one rank's disk is full, and one run ends without its peer."""
+    engine, store = FakeEngine(rank), CheckpointStore(root)
+    engine.weight = torch.full((8,), 1.0)
+    path = store.save(engine, 1, {"step": 1}, rank, world_size, background=True)
+    engine.weight.fill_(7.0)  # training goes on
+    engine.moment.fill_(7.0)
+    store.finish()
+    fresh = FakeEngine(rank)
+    state = CheckpointStore(root).load(fresh, path, rank, world_size)
+    seen = {"state": state, "weight": fresh.weight[0].item(), "moment": fresh.moment[0].item()}
+    write = files.DurableFile.write
+    if rank == 1:
+        files.DurableFile.write = _full_disk
+    store.save(engine, 2, {}, rank, world_size, background=True)
+    try:
+        store.finish()
+    except CheckpointError as error:
+        seen["error"] = str(error)
+    files.DurableFile.write = write
+    seen["left"] = sorted(path.name for path in root.iterdir())
+    torch.distributed.barrier()
+    store.save(engine, 3, {"step": 3}, rank, world_size, background=True)  # waited for by what comes next
+    seen["next"] = store.load(FakeEngine(rank), "latest", rank, world_size)
+    store.save(engine, 4, {"step": 4}, rank, world_size, background=True)
+    store.let_go()
+    torch.distributed.barrier()
+    seen["alone"] = CheckpointStore(root).latest().name
+    return seen
+
+
+def test_two_ranks_save_beside_training_and_agree_on_a_failure(tmp_path):
+    first, second = run_distributed(in_the_background, 2, tmp_path / "checkpoints")
+    assert first["state"] == {"step": 1} and first["weight"] == second["weight"] == 1.0
+    assert (first["moment"], second["moment"]) == (0.0, 1.0)
+    assert first["error"] == second["error"] and "No space left" in first["error"]
+    assert first["left"] == second["left"] == ["best.json", "latest", "step-00000001"]
+    assert first["next"] == second["next"] == {"step": 3}
+    assert first["alone"] == second["alone"] == "step-00000004"
+
+
 def tiny_engine(stage, **zero):
     deepspeed = deepspeed_on_gloo()
     torch.manual_seed(0)
@@ -110,8 +151,9 @@ def resume_each_stage(rank, world_size, root):
         torch.manual_seed(1 + rank)
         train(engine, 3)
         store = CheckpointStore(folder)
-        store.save(engine, 3, {"step": 3}, rank, world_size, 1.0)
-        straight = train(engine, 3)
+        store.save(engine, 3, {"step": 3}, rank, world_size, 1.0, background=stage > 1)
+        straight = train(engine, 3)  # beside the save
+        store.finish()
         engine = tiny_engine(stage)
         assert CheckpointStore(folder).load(engine, "latest", rank, world_size) == {"step": 3}
         report[stage] = (straight, train(engine, 3))

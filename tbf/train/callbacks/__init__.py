@@ -41,4 +41,6 @@ def default_callbacks(run: RunConfig, run_dir: Path, *, rank: int, card_uuid: st
         ]
     sensor = nvml_reader(card_uuid) if card_uuid else None
     thermal = [ThermalGuard(sensor, train.thermal_soft_c, train.thermal_hard_c)] if sensor else []
-    return CallbackList([*thermal, *monitors, Evaluation(train.eval_every), Checkpointing(train.save_every)])
+    return CallbackList(
+        [*thermal, *monitors, Evaluation(train.eval_every), Checkpointing(train.save_every, train.save_in_background)]
+    )

@@ -29,7 +29,7 @@ class TrainLog(Callback):
         self._level = logging.NOTSET
 
     def on_start(self, trainer: Any) -> None:
-        to_file = logging.FileHandler(self.path, encoding="utf-8")
+        to_file = _ToFile(self.path, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._handlers.append(to_file)
         if not any(type(handler) is logging.StreamHandler for handler in _ROOT.handlers):
@@ -69,7 +69,7 @@ class RankLog(Callback):
 
     def on_start(self, trainer: Any) -> None:
         self.path.parent.mkdir(exist_ok=True)
-        to_file = logging.FileHandler(self.path, encoding="utf-8")
+        to_file = _ToFile(self.path, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         to_person = logging.StreamHandler()
         to_person.setLevel(logging.WARNING)
@@ -87,6 +87,17 @@ class RankLog(Callback):
             handler.close()
         self._handlers.clear()
         _ROOT.setLevel(logging.NOTSET)
+
+
+class _ToFile(logging.FileHandler):
+    """Says once that it cannot write, in one line, where the standard one prints a traceback for each line lost."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.told:
+            self.told = True
+            print(f"warning: cannot write {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
 
 
 class _AboveTheBar(logging.Handler):
