@@ -41,8 +41,8 @@ def losses(
         run = load_run_config("mini", [*(f"model.{k}={v}" for k, v in TINY["model"].items()), *changes])
         config, run = load_ds_config(path, run, world_size)
         config.config["optimizer"]["params"]["torch_adam"] = not fused
-        if nvme_folders(config.config):
-            prepare_ops(fused, lambda text: None, needs_async_io=True)
+        if fused:
+            prepare_ops(True, lambda text: None, needs_async_io=bool(nvme_folders(config.config)))
         engine = build_engine(run, config, torch.device("cpu"), lambda text: None)
         engine.train()
         accumulation, rows = run.train.gradient_accumulation_steps, run.train.micro_batch_size
