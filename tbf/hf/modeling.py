@@ -124,14 +124,29 @@ class TbfForMaskedLM(TbfPreTrainedModel):
         return _returned(self, return_dict, MaskedLMOutput(loss=out.loss, logits=logits))
 
 
-class TbfForSequenceClassification(TbfPreTrainedModel):
-    """A linear map of the pooled output: classes, several labels at once, or numbers (`config.problem_type`)."""
+class TbfClassifier(TbfPreTrainedModel):
+    """A linear map of states of the encoder, with dropout before it: what the two classifiers share."""
 
     def __init__(self, config: TbfConfig) -> None:
         super().__init__(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+    def classify(self, states: Tensor) -> Tensor:
+        """states [..., D] -> logits [..., C]."""
+        return self.classifier(self.dropout(states))
+
+    def with_router(self, loss: Tensor, out: EncoderOutput) -> Tensor:
+        """Adds the weighted router losses of a model with experts, as in pretraining."""
+        if out.router is None or not self.training:
+            return loss
+        config = self.config
+        return loss + config.router_balance_coef * out.router["balance"] + config.router_z_coef * out.router["z"]
+
+
+class TbfForSequenceClassification(TbfClassifier):
+    """A linear map of the pooled output: classes, several labels at once, or numbers (`config.problem_type`)."""
 
     def forward(
         self,
@@ -141,23 +156,15 @@ class TbfForSequenceClassification(TbfPreTrainedModel):
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
         """input_ids [B, T], labels [B] or [B, C] -> loss [], logits [B, C]."""
-        out = self.tbf(input_ids, attention_mask)
-        logits = self.classifier(self.dropout(out.pooler_output))
-        loss = None
+        out, loss = self.tbf(input_ids, attention_mask), None
+        logits = self.classify(out.pooler_output)
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-            loss = _with_router(self, loss, out)
+            loss = self.with_router(self.loss_function(labels=labels, pooled_logits=logits, config=self.config), out)
         return _returned(self, return_dict, SequenceClassifierOutput(loss=loss, logits=logits))
 
 
-class TbfForTokenClassification(TbfPreTrainedModel):
+class TbfForTokenClassification(TbfClassifier):
     """A linear map of each token's state."""
-
-    def __init__(self, config: TbfConfig) -> None:
-        super().__init__(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
     def forward(
         self,
@@ -167,21 +174,11 @@ class TbfForTokenClassification(TbfPreTrainedModel):
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput | tuple[Tensor, ...]:
         """input_ids, labels [B, T] (-100 where there is none) -> loss [], logits [B, T, C]."""
-        out = self.tbf(input_ids, attention_mask)
-        logits = self.classifier(self.dropout(out.last_hidden_state))
-        loss = None
+        out, loss = self.tbf(input_ids, attention_mask), None
+        logits = self.classify(out.last_hidden_state)
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, config=self.config)
-            loss = _with_router(self, loss, out)
+            loss = self.with_router(self.loss_function(logits=logits, labels=labels, config=self.config), out)
         return _returned(self, return_dict, TokenClassifierOutput(loss=loss, logits=logits))
-
-
-def _with_router(model: TbfPreTrainedModel, loss: Tensor, out: EncoderOutput) -> Tensor:
-    """Adds the weighted router losses of a model with experts, as in pretraining."""
-    if out.router is None or not model.training:
-        return loss
-    config = model.config
-    return loss + config.router_balance_coef * out.router["balance"] + config.router_z_coef * out.router["z"]
 
 
 def _returned(model: TbfPreTrainedModel, return_dict: bool | None, output: Any) -> Any:
