@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from tbf.errors import ConfigError, DataError
+from tbf.evaluate.batches import by_length, padded
 
 if TYPE_CHECKING:
     from tbf.data.tokenizer import SpanishSPMTokenizer
@@ -54,11 +55,9 @@ def embed(
         logger.warning("%d of %d texts were cut to %d tokens, the first is text %d", *facts)
     device = next(model.parameters()).device
     model.eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)  # a batch too large fails at once
     result = np.empty((len(rows), model.config.hidden_size), dtype=np.float32)  # [N, D]
     with tqdm(total=len(rows), unit=" texts", disable=None if progress else True) as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in by_length(list(map(len, rows)), batch_size):
             result[batch] = _embed_batch(model, [rows[index] for index in batch], tokenizer.pad_id, device)
             bar.update(len(batch))
     if normalize:
@@ -69,8 +68,6 @@ def embed(
 def _embed_batch(
     model: TormentedBertFrankenstein, rows: list[list[int]], pad_id: int, device: torch.device
 ) -> np.ndarray:
-    """Rows, longest first -> [rows, D]."""
-    width = len(rows[0])
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    """Rows of ids -> [rows, D]."""
+    ids, mask = (torch.from_numpy(array).to(device) for array in padded(rows, pad_id))
     return model(ids, attention_mask=mask).pooler_output.float().cpu().numpy()

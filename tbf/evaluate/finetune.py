@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from tbf.data.tokenizer import SpanishSPMTokenizer
 from tbf.errors import ConfigError, DataError
+from tbf.evaluate.batches import by_length
 from tbf.evaluate.metrics import confusion, scores
-from tbf.evaluate.task_rows import Batch, Row, by_length, encode, side_by_side
+from tbf.evaluate.task_rows import Batch, Row, encode, side_by_side
 from tbf.evaluate.tasks import Task
 from tbf.model.bitlinear import invalidate_ternary
 
@@ -74,10 +75,7 @@ class TaskModel(nn.Module):
         out = self.encoder(batch.ids, attention_mask=batch.mask)
         states = out.last_hidden_state[batch.rows, batch.places] if self.of_words else out.pooler_output
         extra = states.new_zeros(())
-        if out.router is not None and self.training:
-            config = self.encoder.config
-            extra = config.router_balance_coef * out.router["balance"] + config.router_z_coef * out.router["z"]
-        return states, extra
+        return states, self.encoder.with_router_losses(extra, out.router) if self.training else extra
 
     def label(self, states: Tensor) -> Tensor:
         """[K, D] -> logits [K, C]."""
@@ -134,7 +132,7 @@ def with_states(
     reader, device = TaskModel(model, task, tuning).eval(), next(model.parameters()).device
     found: list[Row] = [*rows]
     with torch.no_grad(), tqdm(total=len(rows), unit=" rows", disable=None if progress else True) as bar:
-        for chosen in by_length(rows, tuning.batch_size):
+        for chosen in by_length([len(row.ids) for row in rows], tuning.batch_size):
             states, _ = reader.states(side_by_side([rows[i] for i in chosen], device))
             parts = np.split(states.cpu().numpy(), np.cumsum([len(rows[i].target) for i in chosen])[:-1])
             for i, part in zip(chosen, parts):
@@ -194,7 +192,7 @@ class _Run:
         """Label numbers, or values, for each row, in the order given."""
         self.model.eval()
         guesses: list[np.ndarray] = [np.empty(0)] * len(rows)
-        for chosen in by_length(rows, 2 * self.tuning.batch_size):
+        for chosen in by_length([len(row.ids) for row in rows], 2 * self.tuning.batch_size):
             with torch.no_grad():
                 logits, _ = self._logits([rows[i] for i in chosen])
             values = logits[:, 0] * self.scale + self.mean if self.task.regression else logits.argmax(-1)

@@ -18,6 +18,7 @@ from tbf.data.masking import EMPTY, MaskSpec, mask_rows
 from tbf.data.spanish import FUNCTION_WORDS
 from tbf.data.tokenizer import SPECIAL_TOKENS, SpanishSPMTokenizer
 from tbf.errors import ConfigError, DataError
+from tbf.evaluate.batches import by_length, padded
 from tbf.evaluate.windows import Window
 
 if TYPE_CHECKING:
@@ -102,11 +103,9 @@ class _Batch(NamedTuple):
 
 
 def _masked_batches(windows: Sequence[Window], spec: MaskSpec, size: int) -> Iterator[_Batch]:
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids), reverse=True)
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
+    for chosen in by_length([len(window.ids) for window in windows], size):
         rows = [windows[i] for i in chosen]
-        ids, real = _padded([row.ids for row in rows])
+        ids, real = padded([row.ids for row in rows])
         place = np.arange(ids.shape[1])
         first, end = (np.array([getattr(row, name) for row in rows])[:, None] for name in ("first", "end"))
         candidates = ((place >= first) & (place < end)).astype(np.int64)
@@ -118,23 +117,13 @@ def _masked_batches(windows: Sequence[Window], spec: MaskSpec, size: int) -> Ite
 def _single_batches(
     windows: Sequence[Window], places: list[tuple[int, int]], mask_id: int, size: int
 ) -> Iterator[_Batch]:
-    order = sorted(places, key=lambda place: len(windows[place[0]].ids), reverse=True)
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        ids, real = _padded([windows[window].ids for window, _ in chosen])
+    for numbers in by_length([len(windows[window].ids) for window, _ in places], size):
+        chosen = [places[number] for number in numbers]
+        ids, real = padded([windows[window].ids for window, _ in chosen])
         positions = np.array([position for _, position in chosen])[:, None]
         labels = np.take_along_axis(ids, positions, 1)
         np.put_along_axis(ids, positions, mask_id, 1)
         yield _Batch(ids, real, positions, labels, [window for window, _ in chosen], len(chosen))
-
-
-def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    real = np.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = row
-        real[number, : len(row)] = 1
-    return ids, real
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ Shapes: `B` rows of a batch, `T` tokens, `D` hidden, `K` things to label in a ba
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tbf.data.tokenizer import SpanishSPMTokenizer
+from tbf.evaluate.batches import padded
 from tbf.evaluate.tasks import Example, Task
 
 logger = logging.getLogger(__name__)
@@ -68,20 +69,9 @@ def encode(tokenizer: SpanishSPMTokenizer, task: Task, examples: Sequence[Exampl
     return rows
 
 
-def by_length(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
-    """Numbers of all rows in batches, longest first."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids), reverse=True)
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
 def side_by_side(rows: Sequence[Row], device: torch.device) -> Batch:
     """Rows as tensors on a device."""
-    width = max(len(row.ids) for row in rows)
-    ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
-    for number, row in enumerate(rows):
-        ids[number, : len(row.ids)] = row.ids
-        mask[number, : len(row.ids)] = 1
+    ids, mask = padded([row.ids for row in rows])
     owner = np.repeat(np.arange(len(rows)), [len(row.places) for row in rows])
     places = np.concatenate([row.places for row in rows])
     return Batch(*(torch.from_numpy(array).to(device) for array in (ids, mask, owner, places)))

@@ -139,10 +139,7 @@ class TbfClassifier(TbfPreTrainedModel):
 
     def with_router(self, loss: Tensor, out: EncoderOutput) -> Tensor:
         """Adds the weighted router losses of a model with experts, as in pretraining."""
-        if out.router is None or not self.training:
-            return loss
-        config = self.config
-        return loss + config.router_balance_coef * out.router["balance"] + config.router_z_coef * out.router["z"]
+        return self.tbf.with_router_losses(loss, out.router) if self.training else loss
 
 
 class TbfForSequenceClassification(TbfClassifier):

@@ -111,14 +111,18 @@ class TormentedBertFrankenstein(nn.Module):
             raise ConfigError("forward got masked_positions without masked_labels; give both")
         logits = self.predict(gather_positions(hidden, masked_positions))  # [B, M, V]
         mlm_loss, correct = masked_lm_loss(logits, masked_labels, loss_denominator)
-        loss = mlm_loss
-        if router is not None:
-            loss = loss + self.config.router_balance_coef * router["balance"] + self.config.router_z_coef * router["z"]
+        loss = self.with_router_losses(mlm_loss, router)
         return output._replace(logits=logits, loss=loss, mlm_loss=mlm_loss.detach(), masked_correct=correct)
 
     def predict(self, hidden: Tensor) -> Tensor:
         """hidden [..., D], rows of `last_hidden_state` -> logits [..., V] over the real vocabulary."""
         return self.head(hidden, self.embeddings.table)
+
+    def with_router_losses(self, loss: Tensor, router: RouterStats) -> Tensor:
+        """Adds the weighted losses of the routers, where the model has some; all scalars."""
+        if router is None:
+            return loss
+        return loss + self.config.router_balance_coef * router["balance"] + self.config.router_z_coef * router["z"]
 
     def set_activation_checkpointing(self, mode: str, *, on_host: bool = False) -> None:
         """Trades compute for memory: `none`, `layer` (keep the input of each layer visit) or `loop` (keep the input of

@@ -17,29 +17,48 @@ _ROOT = logging.getLogger("tbf")
 logger = logging.getLogger(__name__)
 
 
-class TrainLog(Callback):
-    """Appends to a log file from the start to the end of training."""
+class _LogFile(Callback):
+    """Appends what the loggers say to a file, and shows warnings, between `_open` and `_close`."""
 
     monitor = True
 
-    def __init__(self, path: Path, log_every: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.log_every = log_every
         self._handlers: list[logging.Handler] = []
         self._level = logging.NOTSET
 
-    def on_start(self, trainer: Any) -> None:
+    def _open(self, to_person: logging.Handler | None, speaker: str = "") -> None:
+        """`to_person` gets the warnings, in the name of `speaker`."""
         to_file = _ToFile(self.path, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._handlers.append(to_file)
-        if not any(type(handler) is logging.StreamHandler for handler in _ROOT.handlers):
-            to_person = _AboveTheBar(logging.WARNING)
-            to_person.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        if to_person is not None:
+            to_person.setLevel(logging.WARNING)
+            to_person.setFormatter(logging.Formatter(f"%(levelname)s{speaker}: %(message)s"))
             self._handlers.append(to_person)
         for handler in self._handlers:
             _ROOT.addHandler(handler)
         self._level = _ROOT.level
         _ROOT.setLevel(logging.INFO)
+
+    def _close(self) -> None:
+        for handler in self._handlers:
+            _ROOT.removeHandler(handler)
+            handler.close()
+        self._handlers.clear()
+        _ROOT.setLevel(self._level)
+
+
+class TrainLog(_LogFile):
+    """Appends to a log file from the start to the end of training."""
+
+    def __init__(self, path: Path, log_every: int) -> None:
+        super().__init__(path)
+        self.log_every = log_every
+
+    def on_start(self, trainer: Any) -> None:
+        heard = any(type(handler) is logging.StreamHandler for handler in _ROOT.handlers)
+        self._open(None if heard else _AboveTheBar())
         logger.info("start at step %d of %d on %d rank(s)", trainer.step, trainer.max_steps, trainer.world_size)
 
     def on_step(self, trainer: Any, metrics: StepMetrics) -> None:
@@ -51,42 +70,20 @@ class TrainLog(Callback):
 
     def on_end(self, trainer: Any, status: str) -> None:
         logger.info("%s at step %d", status, trainer.step)
-        for handler in self._handlers:
-            _ROOT.removeHandler(handler)
-            handler.close()
-        self._handlers.clear()
-        _ROOT.setLevel(self._level)
+        self._close()
 
 
-class RankLog(Callback):
+class RankLog(_LogFile):
     """What the loggers of a rank other than 0 say, in a file of its own beside the run's; warnings also on stderr."""
-
-    monitor = True
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._handlers: list[logging.Handler] = []
 
     def on_start(self, trainer: Any) -> None:
         self.path.parent.mkdir(exist_ok=True)
-        to_file = _ToFile(self.path, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        to_person = logging.StreamHandler()
-        to_person.setLevel(logging.WARNING)
-        to_person.setFormatter(logging.Formatter(f"%(levelname)s (rank {trainer.rank}): %(message)s"))
-        self._handlers = [to_file, to_person]
-        for handler in self._handlers:
-            _ROOT.addHandler(handler)
-        _ROOT.setLevel(logging.INFO)
+        self._open(logging.StreamHandler(), f" (rank {trainer.rank})")
         logger.info("rank %d on %s starts at step %d", trainer.rank, socket.gethostname(), trainer.step)
 
     def on_end(self, trainer: Any, status: str) -> None:
         logger.info("%s at step %d%s", status, trainer.step, f": {trainer.reason}" if trainer.reason else "")
-        for handler in self._handlers:
-            _ROOT.removeHandler(handler)
-            handler.close()
-        self._handlers.clear()
-        _ROOT.setLevel(logging.NOTSET)
+        self._close()
 
 
 class _ToFile(logging.FileHandler):
