@@ -21,6 +21,11 @@ class TbfError(Exception):
     """Whether all ranks of the job raise it, so that one of them can speak for all."""
 
 
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says, for use inside a message; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class ConfigError(TbfError):
     """Wrong usage, preset, override, ds_config or model shape."""
 

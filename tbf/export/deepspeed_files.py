@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tbf.errors import CheckpointError
+from tbf.errors import CheckpointError, first_line
 from tbf.export.stored import StoredTensor, release, stored
 
 
@@ -76,7 +76,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             f"{path} wants to run code: its pickle names {', '.join(sorted(forbidden)[:4])}; "
             "a DeepSpeed checkpoint needs no such class, so it was not loaded"
         )
-    reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    reason = first_line(error)[:120]
     return f"{path} ({path.stat().st_size} bytes) is cut short or damaged: {reason}; copy it again or take another step"
 
 

@@ -202,9 +202,7 @@ class Planner:
         facts = self._once(_facts, run.model, engine.persistence)
         items = engine_items(facts, engine, machine.ranks, machine.device.on_cuda)
         memory = memory_by_place(items, pass_, machine.device.on_cuda)
-        kept = (
-            FLOAT * facts.total
-        )  # freed when the engine has taken the weights over, yet glibc keeps it (environment.py)
+        kept = FLOAT * facts.total  # the weights before the engine took them over: freed, yet glibc keeps the memory
         host = machine.gpus * (memory["host"] + kept + PROCESS_BYTES + run.data.num_workers * WORKER_BYTES)
         verdicts = [Verdict("host memory", host, machine.host_memory)]
         if machine.device.on_cuda:

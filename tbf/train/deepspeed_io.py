@@ -26,7 +26,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from tbf.checkpoints.files import FileRecord, durable_file
 from tbf.checkpoints.manifest import unsafe_content
-from tbf.errors import CheckpointError
+from tbf.errors import CheckpointError, first_line
 from tbf.model.bitlinear import invalidate_ternary
 from tbf.train.background import snapshot
 
@@ -68,7 +68,7 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
                 self.records[target.name] = handle.close()
             self.problem = self.problem or unsafe_content(target)
         except (OSError, RuntimeError) as error:  # torch hides a failed write behind a RuntimeError on the archive
-            reason = getattr(cause or error, "strerror", None) or _first_line(error)
+            reason = getattr(cause or error, "strerror", None) or first_line(error)
             self.problem = f"cannot write {target}: {reason}"
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -77,7 +77,7 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
             try:
                 return torch.load(path, map_location=map_location, weights_only=True)
             except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-                raise CheckpointError(f"{path} is refused: {_first_line(error)}") from error
+                raise CheckpointError(f"{path} is refused: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ def load_engine(engine: Any, folder: Path) -> None:
         try:
             loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
         except (AssertionError, KeyError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"DeepSpeed could not load {folder}: {_first_line(error)}") from error
+            raise CheckpointError(f"DeepSpeed could not load {folder}: {first_line(error)}") from error
     if loaded is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {folder}; choose another checkpoint with --resume")
     replay_bias_correction(engine.optimizer.optimizer)
@@ -163,7 +163,3 @@ def replay_bias_correction(optimizer: Any) -> None:
     scratch = [torch.zeros(1) for _ in range(4)]  # parameter, gradient and both moments
     for step in range(1, steps + 1):
         optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, *scratch)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

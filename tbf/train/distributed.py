@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tbf.errors import EngineError, HardwareError, TbfError
+from tbf.errors import EngineError, HardwareError, TbfError, first_line
 from tbf.hardware.probe import check_device, cuda_facts
 from tbf.train.environment import ProcessInfo
 from tbf.train.joining import join
@@ -42,9 +42,7 @@ def start(
         with contextlib.redirect_stdout(io.StringIO()):  # it prints on every rank
             deepspeed.init_distributed(dist_backend=backend, verbose=False)
     except (RuntimeError, ValueError) as error:
-        raise EngineError(
-            f"rank {process.rank} could not join the process group: {str(error).splitlines()[0]}"
-        ) from None
+        raise EngineError(f"rank {process.rank} could not join the process group: {first_line(error)}") from None
     return torch.device("cpu") if on_cpu else torch.device("cuda", process.local_rank)
 
 

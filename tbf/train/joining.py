@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tbf import errors
-from tbf.errors import ConfigError, EngineError, TbfError
+from tbf.errors import ConfigError, EngineError, TbfError, first_line
 from tbf.train.environment import ProcessInfo
 
 JOIN_TIMEOUT_S = 600.0
@@ -61,8 +61,9 @@ def join(process: ProcessInfo, facts: dict[str, dict[str, Any]], problem: TbfErr
             _leave_together(store, process)
             raise verdict
     except RuntimeError as error:  # of the store
+        why = first_line(error)[:200]
         raise EngineError(
-            f"rank {process.rank} lost {address}:{port} while the ranks were joining ({_first(error)}); rank 0's own "
+            f"rank {process.rank} lost {address}:{port} while the ranks were joining ({why}); rank 0's own "
             "output says why"
         ) from None
     return store
@@ -75,14 +76,15 @@ def _open(process: ProcessInfo, address: str, port: int, limit: float) -> dist.S
     try:
         store = dist.TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
+        why = first_line(error)[:200]
         if serves:
             raise EngineError(
-                f"rank 0 cannot listen on port {port} ({_first(error)}); `ss -ltnp` names who does, perhaps an earlier "
+                f"rank 0 cannot listen on port {port} ({why}); `ss -ltnp` names who does, perhaps an earlier "
                 f"run: end it, or start with --master_port {port + 1}"
             ) from None
         raise EngineError(
             f"rank {process.rank} on {socket.gethostname()} cannot reach rank 0 at {address}:{port} within "
-            f"{limit:.0f} s ({_first(error)}); look at rank 0's output, then at the firewall and at what {address} "
+            f"{limit:.0f} s ({why}); look at rank 0's output, then at the firewall and at what {address} "
             "resolves to here"
         ) from None
     return dist.PrefixStore(f"tbf{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -141,7 +143,3 @@ def _leave_together(store: dist.Store, process: ProcessInfo) -> None:
 
 def _few(items: list[Any]) -> str:
     return ", ".join(map(str, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
-
-
-def _first(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

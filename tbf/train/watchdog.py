@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from tbf.errors import EngineError
+from tbf.errors import EngineError, first_line
 from tbf.train.heartbeat_link import HeartbeatLink
 from tbf.train.status import RunStatus, read_status
 
@@ -113,7 +113,7 @@ class Watchdog:
             gone = self._who_left(min(self.timeout, 10 * self.interval))
             if gone is None:
                 raise
-            first = str(error).strip().splitlines()[0][:160]
+            first = first_line(error)[:160]
             raise EngineError(f"{gone}; its own output says why. This rank {self.rank} lost the connection ({first})"
                               ) from error  # fmt: skip
 
