@@ -21,8 +21,9 @@ from tbf.ops.ternary_build import cache_folder, source_hash
 from tbf.ops.ternary_probe import default_plan
 from tbf.system import processor
 
-_VERSION = 4
-_SMALL, _LARGE = 1 << 16, 1 << 24  # elements: in the cache, and far beyond it
+_VERSION = 5
+_ELEMENTS = 1 << 18  # of a tensor that is moved
+_POOL = 160  # of them: an activation is met again after so many others that no cache holds it
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,23 @@ class CpuRates:
     batched_gemm: float
     """FP32, many matrices of 64 rows, as in scans and attention."""
     attention: float
-    """FP32, torch's fused attention."""
+    """FP32, torch's fused attention, softmax and all."""
     int8: float
     """The ternary backend that serves, without quantising."""
     quantise: float
     """Bytes."""
-    near: float
-    """Bytes of an operator whose tensors fit in the cache."""
-    far: float
-    """Bytes of one whose tensors don't."""
+    ternarise: float
+    """FP32 bytes of weights, made ternary and laid out for both passes."""
+    moving: float
+    """Bytes that an operator reads and writes, in tensors that others have driven out of the near caches."""
     strided: float
-    """Bytes of a copy that turns rows into columns."""
+    """Bytes of a copy that turns heads and tokens."""
     functions: float
     """Elements of exp, erf and the like, beyond moving them."""
     adam: float
     """Bytes of a fused Adam step (28 per parameter)."""
     operator_s: float
-    """Seconds that an operator takes apart from its work."""
+    """Seconds that an operator takes apart from its work, autograd's included."""
 
 
 def cpu_rates(threads: int, *, refresh: bool = False) -> CpuRates:
@@ -87,39 +88,72 @@ def shared(rates: CpuRates, processes: int) -> CpuRates:
 
 @torch.inference_mode()
 def _measure(threads: int) -> CpuRates:
-    a, b = torch.randn(1024, 512), torch.randn(512, 1024)
-    small = torch.randn(512, 64, 64)
-    heads = torch.randn(8, 8, 256, 64)
-    near, far = torch.randn(_SMALL), torch.randn(_LARGE)
-    near_out, far_out = torch.empty_like(near), torch.empty_like(far)
-    rows = torch.randn(2048, 2048)
-    one = torch.ones(8)
+    pool = _Pool(lambda: torch.randn(_ELEMENTS))
+    heads = _Pool(lambda: torch.randn(2, 8, 256, 64), 64)
+    small = _Pool(lambda: torch.randn(64, 64, 64))
+    a, b = _Pool(lambda: torch.randn(512, 512)), _Pool(lambda: torch.randn(512, 2048), 8)
+    stream, streamed = torch.randn(1 << 24), torch.empty(1 << 24)
     rates = {
-        "gemm": 2 * 1024 * 1024 * 512 / _seconds(lambda: a @ b),
-        "batched_gemm": 2 * 512 * 64**3 / _seconds(lambda: small @ small),
-        "attention": 4 * 8 * 8 * 256 * 256 * 64 / _seconds(lambda: F.scaled_dot_product_attention(heads, heads, heads)),
-        "near": 12 * _SMALL / _seconds(lambda: torch.add(near, near, out=near_out)),
-        "far": 12 * _LARGE / _seconds(lambda: torch.add(far, far, out=far_out)),
-        "strided": 8 * rows.numel() / _seconds(lambda: rows.T.contiguous()),
-        "operator_s": _seconds(lambda: one + one),
+        "gemm": 2 * 512 * 512 * 2048 / _seconds(lambda: a.next() @ b.next()),
+        "batched_gemm": 2 * 64**4 / _seconds(lambda: small.next() @ small.next()),
+        "attention": 4 * heads.next().numel() * 256 / _seconds(lambda: F.scaled_dot_product_attention(*heads.take(3))),
+        "moving": 12 * _ELEMENTS / _seconds(lambda: pool.put(pool.next() + pool.next())),
+        "strided": 8 * _ELEMENTS / _seconds(lambda: heads.next().transpose(1, 2).contiguous()),
+        "adam": 12 * len(stream) / _seconds(lambda: torch.add(stream, stream, out=streamed)),  # it streams, too
+        "operator_s": _operator_seconds(),
     }
-    moving = 8 * _SMALL / rates["near"]
-    rates["functions"] = _SMALL / max(_seconds(lambda: torch.exp(near, out=near_out)) - moving, 1e-9)
-    rates["adam"] = rates["far"]  # it streams through memory once
+    functions = _seconds(lambda: pool.put(torch.exp(pool.next()))) - 8 * _ELEMENTS / rates["moving"]
+    rates["functions"] = _ELEMENTS / max(functions, 1e-9)
     return CpuRates(threads=threads, **rates, **_ternary_rates())
+
+
+class _Pool:
+    """Tensors that take turns, so that none is still in a near cache when it comes again."""
+
+    def __init__(self, make: Callable[[], torch.Tensor], count: int = _POOL) -> None:
+        self._tensors, self._at = [make() for _ in range(count)], 0
+
+    def next(self) -> torch.Tensor:
+        self._at = (self._at + 1) % len(self._tensors)
+        return self._tensors[self._at]
+
+    def take(self, count: int) -> list[torch.Tensor]:
+        return [self.next() for _ in range(count)]
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Takes the place of the one that came last: what is new in training does not fall on warm memory either."""
+        self._tensors[self._at] = tensor
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _operator_seconds(count: int = 50) -> float:
+    """Of an operator that does nothing much, in a graph and its backward."""
+    x = torch.ones(8, requires_grad=True)
+
+    def chain() -> None:
+        y = x
+        for _ in range(count):
+            y = y * 1.0
+        y.sum().backward()
+
+    return _seconds(chain) / (2 * count)
 
 
 def _ternary_rates() -> dict[str, float]:
     """Rates of the ternary kernels at one shape, by whichever backend the probe takes."""
-    m, d, n = 1024, 512, 512
-    x, weight = torch.randn(m, d), torch.randn(n, d)
+    m, d, n = 1024, 512, 1024
+    inputs = _Pool(lambda: torch.randn(m, d), 8)
+    weights = _Pool(lambda: torch.randn(n, d), 8)
     plan = default_plan(torch.device("cpu"))
     backend = get_backend(plan.forward, "cpu")
-    prepared = prepare_weight(weight, [n], plan)
-    q, _ = backend.tools.quantise_rows(x)
-    product = _seconds(lambda: backend.forward(q, prepared.forward[0], prepared.scales[0], n, d))
-    quantise = _seconds(lambda: backend.tools.quantise_rows(x))
-    return {"int8": 2 * m * d * n / product, "quantise": 5 * m * d / quantise}
+    prepared = prepare_weight(weights.next(), [n], plan)
+    quantised = [backend.tools.quantise_rows(inputs.next())[0] for _ in range(8)]
+    rows = _Pool(quantised.pop, 8)
+    product = _seconds(lambda: backend.forward(rows.next(), prepared.forward[0], prepared.scales[0], n, d))
+    quantise = _seconds(lambda: backend.tools.quantise_rows(inputs.next()))
+    ternarise = _seconds(lambda: prepare_weight(weights.next(), [n], plan))
+    return {"int8": 2 * m * d * n / product, "quantise": 5 * m * d / quantise, "ternarise": 4 * n * d / ternarise}
 
 
 def _seconds(call: Callable[[], object], budget: float = 0.12) -> float:

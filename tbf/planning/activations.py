@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 
 from tbf.model.config import UltraConfig
 from tbf.ops.ternary_backends import TernaryPlan
+from tbf.planning.engine_state import Reduction
 from tbf.planning.estimate import estimate_pieces
 from tbf.planning.trace import Work
 from tbf.planning.visits import Pieces, PieceTracer, Shape, Visit
 
 log = logging.getLogger(__name__)
+_NOTHING = Reduction()
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,14 @@ class Activations:
     """At the end of the forward pass, for the backward."""
     waiting_gradients: int
     """Of `peak`: weights' gradients that other visits will still add to."""
+    handed: int
+    """Of `peak`: what the engine needs while gradients are handed to it."""
     logits: int
     host: int
     """Kept in host memory (`cpu_checkpointing`)."""
     ternary_caches: int
+    ternary_weights: int
+    """How many are made ternary in each optimizer step."""
     forward: Work = field(repr=False)
     backward: Work = field(repr=False)
     """With recomputation."""
@@ -51,9 +57,10 @@ def activations(
     loops: int,
     host_offload: bool = False,
     gradients_stay: bool = False,
+    reduction: Reduction = _NOTHING,
 ) -> Activations:
     """Traces and replays; falls back to an estimate, saying why, where this torch can't trace the model."""
-    options = {"loops": loops, "host_offload": host_offload, "gradients_stay": gradients_stay}
+    options = {"loops": loops, "host_offload": host_offload, "gradients_stay": gradients_stay, "reduction": reduction}
     try:
         pieces = tracer.pieces(config, shape, plan, checkpointed=granularity != "none")
     except Exception as error:  # what a private part of torch raises is not ours to know
@@ -76,19 +83,21 @@ def replay(
     loops: int,
     host_offload: bool = False,
     gradients_stay: bool = False,
+    reduction: Reduction = _NOTHING,
 ) -> Activations:
     """The course of one forward and backward pass over `loops` loops under a checkpointing granularity.
 
     `pieces` must have been traced with checkpointed layers unless the granularity is `none`. `gradients_stay`: the
-    engine keeps complete gradients on the device until the pass is over (ZeRO-1).
+    engine keeps complete gradients on the device until the pass is over (ZeRO-1). `reduction`: what it needs for those
+    that it takes.
     """
-    course = _Course(config, pieces, granularity, loops, host_offload, gradients_stay)
+    course = _Course(config, pieces, granularity, loops, host_offload, gradients_stay, reduction)
     course.forward()
     kept = course.now + pieces.head.kept
     course.backward()
     return Activations(
-        course.peak, course.peak_at, kept, course.waiting_at_peak, _logits(pieces), course.host,
-        pieces.ternary_caches, course.forward_work, course.backward_work,
+        course.peak, course.peak_at, kept, course.waiting_at_peak, course.handed_at_peak, _logits(pieces), course.host,
+        pieces.ternary_caches, pieces.ternary_weights, course.forward_work, course.backward_work,
     )  # fmt: skip
 
 
@@ -96,27 +105,45 @@ class _Course:
     """The level of memory along a pass: bytes held `now`, and the highest that they ever were."""
 
     def __init__(
-        self, config: UltraConfig, pieces: Pieces, granularity: str, loops: int, on_host: bool, gradients_stay: bool
+        self,
+        config: UltraConfig,
+        pieces: Pieces,
+        granularity: str,
+        loops: int,
+        on_host: bool,
+        gradients_stay: bool,
+        reduction: Reduction,
     ) -> None:
         self.pieces, self.granularity, self.loops = pieces, granularity, loops
         self.on_host, self.gradients_stay = on_host, gradients_stay
+        self.reduction, self.complete = reduction, 0
         self.layers = [
             (f"layer {i} ({mixer})", pieces.layers[mixer, window])
             for i, (mixer, window) in enumerate(config.layer_types)
         ]
         self.state = pieces.loop_start.output  # bytes of one hidden state
         self.now, self.waiting, self.host = pieces.batch, 0, 0
-        self.peak, self.peak_at, self.waiting_at_peak = 0, "", 0
+        self.peak, self.peak_at, self.waiting_at_peak, self.handed_at_peak = 0, "", 0, 0
         self.forward_work: Work = Counter()
         self.backward_work: Work = Counter()
 
-    def reach(self, above: int, where: str) -> None:
-        if self.now + above > self.peak:
-            self.peak, self.peak_at, self.waiting_at_peak = self.now + above, where, self.waiting
+    def reach(self, above: int, where: str, reducing: int = 0) -> None:
+        handed = min(self.complete, self.reduction.fills) + reducing
+        if self.now + above + handed > self.peak:
+            self.peak, self.peak_at = self.now + above + handed, where
+            self.waiting_at_peak, self.handed_at_peak = self.waiting, handed
 
     def wait(self, gradients: int) -> None:
         self.now += gradients
         self.waiting += gradients
+
+    def hand_over(self, visit: Visit, beside: int, where: str) -> None:
+        """The visit completes its gradients. Each that goes to the bucket stops waiting, so the sum of both stays."""
+        before, self.complete = self.complete, self.complete + visit.gradients
+        if self.complete > self.reduction.bucket:
+            after, self.complete = self.complete, before
+            self.reach(beside + visit.handing_peak, where, self.reduction.norm)
+            self.complete = after
 
     def forward(self) -> None:
         pieces, start = self.pieces, self.pieces.loop_start
@@ -166,6 +193,8 @@ class _Course:
                 self.wait(self.state)  # the gradient of x0, which every loop adds to
         self.now -= pieces.embeddings.kept
         self.reach(pieces.embeddings.backward_peak_adding, "backward, embeddings")
+        if not self.gradients_stay:
+            self.hand_over(pieces.embeddings, 0, "backward, embeddings, reducing")
         self.backward_work += pieces.embeddings.backward_work
 
     def _recompute(self, loop: int) -> None:
@@ -191,6 +220,8 @@ class _Course:
         if i == 0 and self.granularity != "none":
             self.now += self.pieces.loop_start.kept
         self.reach(needed + returned, f"backward, loop {loop}, {name}")
+        if last and not self.gradients_stay:
+            self.hand_over(visit, returned, f"backward, loop {loop}, {name}, reducing")
         self.wait(visit.gradients * (first - (last and not self.gradients_stay)))
         self.backward_work += visit.backward_work
 

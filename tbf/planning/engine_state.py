@@ -17,6 +17,7 @@ from tbf.errors import ConfigError
 FLOAT = 4
 _DEFAULT_BUCKET = 500_000_000
 _DEFAULT_SUBGROUP, _DEFAULT_LIVE, _DEFAULT_PREFETCH, _DEFAULT_PERSISTENT = 10**9, 10**9, 5 * 10**7, 10**5
+_REDUCTION_BUCKET = "reduction bucket"
 _NORM = "largest gradient in FP64, for its norm"
 _PARAM_BUFFERS, _PARAM_BUFFER_SIZE, _OPTIMIZER_BUFFERS = 5, 10**8, 4
 
@@ -99,9 +100,22 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Reduction:
+    """What a pass needs while its gradients are handed to the engine. Bytes."""
+
+    bucket: int = 0
+    """Complete gradients that start a reduction."""
+    fills: int = 0
+    """The most of the bucket that takes memory only as it fills."""
+    norm: int = 0
+    """For a moment in each reduction."""
+
+
+@dataclass(frozen=True)
 class Item:
     """One thing that the engine holds: on the `device`, in `host` memory or on `nvme`; when: `always`, in a forward and
-    backward `pass`, while gradients are `reduce`d after it, in the optimizer's `step`, or at the `start` of the run."""
+    backward `pass`, at most and as its gradients are `handed` over one by one, while they are `reduce`d after it, in
+    the optimizer's `step`, or at the `start` of the run."""
 
     name: str
     place: str
@@ -124,6 +138,12 @@ def engine_items(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -
     return [item for item in items if item.bytes > 0]
 
 
+def reduction(items: list[Item], engine: Engine) -> Reduction:
+    """Of `engine_items`, what comes as gradients are handed over."""
+    sizes = {item.name: item.bytes for item in items if item.when == "handed"}
+    return Reduction(FLOAT * engine.reduce_bucket, sizes.get(_REDUCTION_BUCKET, 0), sizes.get(_NORM, 0))
+
+
 def _zero12(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list[Item]:
     whole = FLOAT * model.total
     share = whole // ranks
@@ -134,15 +154,16 @@ def _zero12(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> lis
         return Item(name, "host", _pinned(size) if pinned else size, when)
 
     bucket = _bucket(model, engine, on_cuda)
-    at_the_end = not on_cuda and model.total <= engine.reduce_bucket  # host pages are taken as gradients come in
-    filled = "reduce" if at_the_end else "pass"
-    items = [Item("weights", "device", whole), Item("reduction bucket", "device", bucket, filled)]
+    once = model.total <= engine.reduce_bucket  # all gradients wait in the bucket until the activations are gone
+    at_the_end = once and not on_cuda  # host pages are taken as gradients come in
+    filled = "reduce" if at_the_end else "pass" if on_cuda or engine.stage == 1 else "handed"
+    items = [Item("weights", "device", whole), Item(_REDUCTION_BUCKET, "device", bucket, filled)]
     if engine.stage == 1:
         # Gradients stay in the parameters until the last micro-batch. With one, the pass itself counts them.
         name = "gradients of the whole model"
         items.append(Item(name, "device", whole, "pass" if engine.accumulation > 1 else "reduce"))
         if not at_the_end:
-            items.append(Item("reduction bucket", "device", bucket, "reduce"))
+            items.append(Item(_REDUCTION_BUCKET, "device", bucket, "reduce"))
     if offload:
         largest = FLOAT * model.largest
         items += [
@@ -153,7 +174,7 @@ def _zero12(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> lis
             host("Adam moments", share),
             host("staging of the largest gradient", largest),
             Item("staging of the largest gradient", "device", largest),
-            Item(_NORM, "device", 2 * largest, "pass"),
+            Item(_NORM, "device", 2 * largest, "reduce" if once or engine.stage == 1 else "handed"),
         ]
         if engine.stage == 2 and engine.accumulation > 1:
             pieces = [FLOAT * size // ranks for size in model.sizes]
@@ -181,7 +202,7 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
         return Item(name, "host", _pinned(size) if pin else size, when)
 
     bucket = _bucket(model, engine, on_cuda)
-    items = [Item("reduction bucket", "device", bucket)]
+    items = [Item(_REDUCTION_BUCKET, "device", bucket)]
     if engine.offload_param == "none":
         items.append(Item("weights (this rank's share)", "device", share))
     elif engine.offload_param == "cpu":
@@ -210,7 +231,8 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
     elif engine.offload_optimizer == "cpu":
         names = ("master weights", "gradients for Adam", "gradients", "Adam moments", "Adam moments")
         items += [host(name, share) for name in names]
-        items.append(Item(_NORM, "device", 2 * FLOAT * model.largest // ranks, "pass"))
+        when = "reduce" if model.total <= engine.reduce_bucket else "handed"
+        items.append(Item(_NORM, "device", 2 * FLOAT * model.largest // ranks, when))
     else:
         items += [
             host("gradients", share),

@@ -37,7 +37,7 @@ def estimate_pieces(config: UltraConfig, shape: Shape, *, checkpointed: bool) ->
             backward += forward
         peak, kept = round(peak), round(kept)
         return Visit(kept, output, peak, peak + _BACKWARD * state, peak + _BACKWARD * state + gradients,
-                     peak + _BACKWARD * state, gradients, held, forward, backward)  # fmt: skip
+                     peak + _BACKWARD * state, peak, gradients, held, forward, backward)  # fmt: skip
 
     layers = {}
     for (mixer, window), layer in zip(config.layer_types, model.layers):
@@ -53,5 +53,5 @@ def estimate_pieces(config: UltraConfig, shape: Shape, *, checkpointed: bool) ->
     start = visit(state, 3 * state, 0, 0.0)
     ternary = sum(module.weight.numel() for module in model.modules() if getattr(module, "ternary", False))
     return Pieces(
-        16 * shape.rows * shape.tokens, embeddings, start, layers, head, 2 * ternary, table
+        16 * shape.rows * shape.tokens, embeddings, start, layers, head, 2 * ternary, ternary, table
     )  # fmt: skip

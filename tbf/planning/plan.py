@@ -18,7 +18,7 @@ from tbf.model.flops import build_meta, parameters_by_part, training_flops_per_t
 from tbf.ops.ternary_backends import TernaryPlan
 from tbf.ops.ternary_probe import default_plan
 from tbf.planning.activations import Activations, activations, replay
-from tbf.planning.engine_state import FLOAT, Engine, Item, ModelFacts, engine_items, model_facts
+from tbf.planning.engine_state import FLOAT, Engine, Item, ModelFacts, Reduction, engine_items, model_facts, reduction
 from tbf.planning.estimate import estimate_pieces
 from tbf.planning.timing import StepTime, step_time
 from tbf.planning.traffic import Traffic, step_traffic
@@ -159,13 +159,15 @@ class Planner:
         """Memory without a trace: in milliseconds, and rough."""
         config, shape = run.model, largest_shape(run)
         pieces = estimate_pieces(config, shape, checkpointed=engine.granularity != "none")
-        options = {"host_offload": engine.cpu_checkpointing, "gradients_stay": _gradients_stay(engine)}
+        options = {"host_offload": engine.cpu_checkpointing, "gradients_stay": _gradients_stay(engine),
+                   "reduction": self._reduction(run, engine)}  # fmt: skip
         pass_ = replay(config, pieces, engine.granularity, loops=most_loops(run), **options)
         return self._memory(run, engine, replace(pass_, source="estimated"))
 
     def memory(self, run: RunConfig, engine: Engine) -> MemoryPlan:
         """Memory as `plan` has it, without what only time depends on."""
-        options = (engine.granularity, most_loops(run), engine.cpu_checkpointing, _gradients_stay(engine))
+        options = (engine.granularity, most_loops(run), engine.cpu_checkpointing, _gradients_stay(engine),
+                   self._reduction(run, engine))  # fmt: skip
         pass_ = self._once(self._activations, run.model, largest_shape(run), *options)
         return self._memory(run, engine, pass_)
 
@@ -200,7 +202,7 @@ class Planner:
     def _memory(self, run: RunConfig, engine: Engine, pass_: Activations) -> MemoryPlan:
         machine = self.machine
         facts = self._once(_facts, run.model, engine.persistence)
-        items = engine_items(facts, engine, machine.ranks, machine.device.on_cuda)
+        items = self._items(run, engine)
         memory = memory_by_place(items, pass_, machine.device.on_cuda)
         kept = FLOAT * facts.total  # the weights before the engine took them over: freed, yet glibc keeps the memory
         host = machine.gpus * (memory["host"] + kept + PROCESS_BYTES + run.data.num_workers * WORKER_BYTES)
@@ -209,19 +211,33 @@ class Planner:
             verdicts.insert(0, Verdict("GPU memory", memory["device"], machine.device.memory))
         return MemoryPlan(items, pass_, verdicts)
 
+    def _items(self, run: RunConfig, engine: Engine) -> list[Item]:
+        facts = self._once(_facts, run.model, engine.persistence)
+        return engine_items(facts, engine, self.machine.ranks, self.machine.device.on_cuda)
+
+    def _reduction(self, run: RunConfig, engine: Engine) -> Reduction:
+        return reduction(self._items(run, engine), engine)
+
     def _network(self) -> float:
         """Between nodes the network decides; between the cards of one, PCIe, over which both directions share."""
         if self.machine.nodes > 1:
             return self.machine.network
-        return self.machine.device.pcie / 2 if self.machine.device.on_cuda else self.rates.far / 4
+        return self.machine.device.pcie / 2 if self.machine.device.on_cuda else self.rates.adam / 4
 
     def _activations(
-        self, config: UltraConfig, shape: Shape, granularity: str, loops: int, on_host: bool, stay: bool
+        self,
+        config: UltraConfig,
+        shape: Shape,
+        granularity: str,
+        loops: int,
+        on_host: bool,
+        stay: bool,
+        handing: Reduction,
     ) -> Activations:
-        plan = self._ternary_plan()
         return activations(
-            self._tracer, config, shape, plan, granularity, loops=loops, host_offload=on_host, gradients_stay=stay
-        )
+            self._tracer, config, shape, self._ternary_plan(), granularity,
+            loops=loops, host_offload=on_host, gradients_stay=stay, reduction=handing,
+        )  # fmt: skip
 
     def _ternary_plan(self) -> TernaryPlan:
         if self.machine.device.on_cuda:
@@ -263,7 +279,7 @@ def memory_by_place(items: list[Item], pass_: Activations, on_cuda: bool) -> dic
         place = "host" if item.place == "device" and not on_cuda else item.place
         totals[place, item.when] += item.bytes
     during = {
-        "device": pass_.peak + int(FRAGMENTATION * (pass_.peak - pass_.waiting_gradients)),
+        "device": pass_.peak + int(FRAGMENTATION * (pass_.peak - pass_.waiting_gradients - pass_.handed)),
         "host": pass_.host,
     }
     always = {"device": pass_.ternary_caches + CONTEXT_BYTES, "host": 0}

@@ -11,7 +11,8 @@ from tbf.planning.engine_state import Engine
 from tbf.planning.plan import FRAGMENTATION, Plan, Verdict, memory_by_place
 from tbf.planning.search import NO_CURE
 
-_WHEN = {"pass": "in each pass", "reduce": "while gradients are reduced", "step": "in the optimizer step",
+_WHEN = {"pass": "in each pass", "handed": "at most, as gradients are completed",
+         "reduce": "while gradients are reduced", "step": "in the optimizer step",
          "start": "while starting"}  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def _memory(plan: Plan) -> list[str]:
     held: Counter[tuple[str, str, str]] = Counter()
     for item in plan.items:
         held[item.place, item.name, item.when] += item.bytes
-    own = pass_.peak - pass_.waiting_gradients
+    own = pass_.peak - pass_.waiting_gradients - pass_.handed
     held["device", f"activations, {pass_.source}: most at {pass_.peak_at}", "pass"] = own
     held["device", "gradients that wait for the other loops", "pass"] = pass_.waiting_gradients
     held["device", "ternary forms of the weights", "always"] = pass_.ternary_caches

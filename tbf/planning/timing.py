@@ -16,6 +16,10 @@ from tbf.planning.traffic import Traffic
 
 ADAM_BYTES = 28
 """Read and written per parameter: weight, gradient and both moments in, three of them out."""
+TORCH_ADAM_BYTES = 128
+"""The same by torch's AdamW, one operator after another, with DeepSpeed's norm and copies before and after it."""
+TERNARISE_BYTES = 12
+"""Per weight, on a card: read for its scale, read again, and written in two layouts."""
 HOST_BANDWIDTH = 60e9
 """Of a host whose memory can't be measured from here: two sockets of four DDR4-2400 channels, as copies reach it."""
 NVME_BANDWIDTH = 2e9
@@ -25,7 +29,6 @@ _FUNCTIONS = {
     "_log_softmax_backward_data", "special_entr", "log1p", "expm1",
 }  # fmt: skip
 _STRIDED = {"clone", "_to_copy", "copy_", "cat"}
-_NEAR_BYTES, _FAR_BYTES = 1 << 20, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,18 @@ def step_time(
         parts = cpu_seconds(work, rates) if rates else card_seconds(work, device)
         fp32, int8, memory, launches = (a + b for a, b in zip((fp32, int8, memory, launches), parts))
     micro = engine.accumulation
-    adam = ADAM_BYTES * model.total / ranks * (1.6 if engine.torch_adam else 1.0)
+    handed, updated = engine_bytes(engine, model.total, ranks)
+    on_host = engine.offload_optimizer != "none"
     if rates:
-        optimizer = adam / rates.adam + 8 * model.total / rates.far
-    elif engine.offload_optimizer != "none":
-        optimizer = adam * local_ranks / HOST_BANDWIDTH
+        optimizer = handed / rates.moving + updated / rates.adam
+        int8_once = 4 * activations.ternary_weights / rates.ternarise
     else:
-        optimizer = adam / (device.bandwidth * MEMORY_SHARE)
+        bandwidth = device.bandwidth * MEMORY_SHARE
+        optimizer = handed / bandwidth + updated * (local_ranks / HOST_BANDWIDTH if on_host else 1 / bandwidth)
+        int8_once = TERNARISE_BYTES * activations.ternary_weights / bandwidth
     return StepTime(
         fp32 * micro,
-        int8 * micro,
+        int8 * micro + int8_once,
         memory * micro,
         launches * micro,
         max(traffic.to_host, traffic.to_device) / (device.pcie * PCIE_SHARE) if device.on_cuda else 0.0,
@@ -81,6 +86,27 @@ def step_time(
         traffic.network / network_bandwidth if ranks > 1 else 0.0,
         traffic.nvme / NVME_BANDWIDTH,
     )
+
+
+def engine_bytes(engine: Engine, parameters: int, ranks: int) -> tuple[float, float]:
+    """What DeepSpeed 0.19.8 reads and writes in an optimizer step on each rank, beside the network: while it takes the
+    gradients over (copies to and from the bucket, averaging, adding up, norms), and while it updates.
+
+    Counted operator by operator; a test repeats the count.
+    """
+    micro, offload = engine.accumulation, engine.offload_optimizer != "none"
+    if engine.stage == 3:
+        whole, share = (28 if ranks == 1 else 42) * micro, 24 * micro + 12 * (micro - 1)
+    elif engine.stage == 2:
+        whole, share = 16 * micro, 16 * micro + (28 if offload else 12) * (micro - 1)
+    else:
+        whole, share = 16 + 12 * (micro - 1), 16
+    if offload:
+        share += 28
+        update = ADAM_BYTES + (16 if engine.stage == 3 else 24)
+    else:
+        update = TORCH_ADAM_BYTES
+    return parameters * (whole + share / ranks), parameters * update / ranks
 
 
 def card_seconds(work: Work, device: Device) -> tuple[float, float, float, float]:
@@ -106,8 +132,9 @@ def cpu_seconds(work: Work, rates: CpuRates) -> tuple[float, float, float, float
     fp32 = int8 = memory = launches = 0.0
     for op, count in work.items():
         launches += count * rates.operator_s
+        moving = op.bytes / rates.moving
         if op.integer_ops:
-            int8 += count * op.integer_ops / rates.int8
+            int8 += count * (op.integer_ops / rates.int8 + moving)
         elif op.name.startswith("tbf_"):
             int8 += count * op.bytes / rates.quantise
         elif op.flops:
@@ -115,15 +142,11 @@ def cpu_seconds(work: Work, rates: CpuRates) -> tuple[float, float, float, float
             rate = rates.attention if "scaled_dot_product" in op.name else rate
             fp32 += count * op.flops / rate
         else:
-            memory += count * moving_seconds(op, rates)
+            memory += count * _moving_seconds(op, rates)
     return fp32, int8, memory, launches
 
 
-def moving_seconds(op: Operation, rates: CpuRates) -> float:
-    """An operator without products, between cache and main memory by the size of what it touches."""
-    distance = min(max((op.bytes - _NEAR_BYTES) / (_FAR_BYTES - _NEAR_BYTES), 0.0), 1.0)
-    rate = 1.0 / ((1 - distance) / rates.near + distance / rates.far)
-    if op.name in _STRIDED:
-        rate = min(rate, rates.strided)
-    seconds = op.bytes / rate
+def _moving_seconds(op: Operation, rates: CpuRates) -> float:
+    """An operator without products."""
+    seconds = op.bytes / (min(rates.moving, rates.strided) if op.name in _STRIDED else rates.moving)
     return seconds + op.elements / rates.functions if op.name in _FUNCTIONS else seconds

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import flop_registry
 
 from tbf.planning.stand_ins import tensor_bytes
 
-_SILENT = {"detach", "alias", "empty", "empty_strided", "empty_like", "new_empty", "device", "lift_fresh"}
+_SILENT = {"detach", "alias", "empty", "empty_strided", "empty_like", "new_empty", "device", "lift_fresh",
+           "_unsafe_view"}  # fmt: skip
 """Operators without work of their own; views are recognised by their schema."""
 
 
@@ -53,11 +54,12 @@ class Trace(TorchDispatchMode):
     After `watch_gradients` two further maxima are kept, for a looped model, whose autograd holds each weight's gradient
     back until every visit has added to it: `peak_waiting`, as if all gradients so far were held (`waiting` bytes), and
     `peak_adding`, as if each were added to one that already waits, which takes a third copy for a moment.
+    `peak_handing` is the most beside a gradient that is complete and goes to the engine.
     """
 
     def __init__(self, *, record_work: bool = True) -> None:
         super().__init__()
-        self.now = self.peak = self.waiting = self.peak_waiting = self.peak_adding = 0
+        self.now = self.peak = self.waiting = self.peak_waiting = self.peak_adding = self.peak_handing = 0
         self.work: Work = Counter()
         self._record_work = record_work
         self._known: dict[int, weakref.ref] = {}
@@ -85,7 +87,7 @@ class Trace(TorchDispatchMode):
             parameter.register_post_accumulate_grad_hook(self._release)
 
     def reset_peaks(self) -> None:
-        self.peak = self.peak_waiting = self.peak_adding = self.now
+        self.peak = self.peak_waiting = self.peak_adding = self.peak_handing = self.now
         self.waiting = 0
 
     def take_work(self) -> Work:
@@ -97,6 +99,7 @@ class Trace(TorchDispatchMode):
         size = parameter.grad.numel() * parameter.element_size()
         self.peak_adding = max(self.peak_adding, self.now + size)
         parameter.grad = None
+        self.peak_handing = max(self.peak_handing, self.now)
         self.waiting += size
         self.peak_waiting = max(self.peak_waiting, self.now + self.waiting)
 
@@ -127,9 +130,10 @@ def _describe(func: Any, args: tuple, kwargs: dict, out: Any) -> Operation:
     elif func._overloadpacket in flop_registry:
         flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
     written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    read = args[1:] if func._opname == "copy_" else args
     return Operation(
         func._opname,
-        tensor_bytes((args, kwargs)) + tensor_bytes(written),
+        tensor_bytes((read, kwargs)) + tensor_bytes(written),
         flops,
         integer_ops,
         elements=sum(tensor.numel() for tensor in written),

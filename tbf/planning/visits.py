@@ -55,6 +55,8 @@ class Visit:
     """The same with the gradients of the weights held until the end of the visit."""
     backward_peak_adding: int
     """The same with each of them added to one that another visit left."""
+    handing_peak: int
+    """The most when a weight's gradient goes to the engine, without it."""
     gradients: int
     """Bytes of the gradients of the weights."""
     held: int
@@ -78,6 +80,8 @@ class Pieces:
     """Final norm, prediction and loss."""
     ternary_caches: int
     """Bytes of all weights' ternary forms."""
+    ternary_weights: int
+    """How many weights they hold; made anew after each optimizer step."""
     table_gradient: int
     """The head's gradient of the embedding table, which waits for the embeddings' own."""
 
@@ -105,7 +109,7 @@ def trace_pieces(config: UltraConfig, shape: Shape, plan: TernaryPlan, *, checkp
         model = _fake_model(config, trace, plan, on_cuda)
         start = trace.now
         with torch.no_grad():
-            _fill_caches(model)
+            ternary = _fill_caches(model)
         caches, start = trace.now - start, trace.now
 
         ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.int64)  # [B, T]
@@ -124,7 +128,7 @@ def trace_pieces(config: UltraConfig, shape: Shape, plan: TernaryPlan, *, checkp
                 x.grad = None
         head = _visit(trace, lambda: _predict(model, x, segments, slots, labels))
     table = 4 * model.embeddings.table.weight.numel()
-    return Pieces(batch, embeddings, loop_start, layers, head, caches, table)
+    return Pieces(batch, embeddings, loop_start, layers, head, caches, ternary, table)
 
 
 def _fake_model(config: UltraConfig, trace: Trace, plan: TernaryPlan, on_cuda: bool) -> TormentedBertFrankenstein:
@@ -158,14 +162,19 @@ def _even_counts(experts: int, routing: Routing) -> list[int]:
     return [rows // experts + (i < rows % experts) for i in range(experts)]
 
 
-def _fill_caches(model: nn.Module) -> None:
-    """Ternarises every weight by sending one token through its module: in training that happens once per step."""
+def _fill_caches(model: nn.Module) -> int:
+    """Ternarises every weight by sending one token through its module: in training that happens once per step.
+    Returns how many there are."""
+    count = 0
     for module in model.modules():
         if isinstance(module, BitLinear) and module.ternary:
             module(torch.empty(1, module.in_features))
+            count += module.weight.numel()
         elif isinstance(module, ExpertLinear) and module.in_integers:
             experts, _, features = module.weight.shape
             module(torch.empty(experts, features), [1] * experts)
+            count += module.weight.numel()
+    return count
 
 
 def _run(layer: nn.Module, x: Tensor, info: SegmentInfo, config: UltraConfig, checkpointed: bool) -> tuple[Tensor, ...]:
@@ -202,7 +211,7 @@ def _visit(trace: Trace, call: Callable[[], tuple[tuple[Tensor, ...], tuple[Tens
     gradient.backward()
     return Visit(
         kept, output, forward_peak, trace.peak - start, trace.peak_waiting - start, trace.peak_adding - start,
-        trace.waiting, tensor_bytes(held), forward_work, trace.take_work(),
+        trace.peak_handing - start, trace.waiting, tensor_bytes(held), forward_work, trace.take_work(),
     )  # fmt: skip
 
 

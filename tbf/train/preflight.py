@@ -177,6 +177,6 @@ def _largest(plan: MemoryPlan, count: int = 3) -> str:
         if item.when != "start":
             parts[item.name] = parts.get(item.name, 0) + item.bytes
     pass_ = plan.activations
-    parts[f"activations, most at {pass_.peak_at}"] = pass_.peak - pass_.waiting_gradients
+    parts[f"activations, most at {pass_.peak_at}"] = pass_.peak - pass_.waiting_gradients - pass_.handed
     largest = sorted(parts.items(), key=lambda part: -part[1])[:count]
     return "for each rank " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in largest) + " GB"

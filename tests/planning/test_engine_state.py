@@ -70,7 +70,7 @@ def planned(zero, accumulation, ranks):
     totals = Counter()
     for item in engine_items(facts, engine, ranks, on_cuda=False):
         totals[item.when] += item.bytes
-    passing = max(totals["pass"], totals["reduce"])
+    passing = max(totals["pass"] + totals["handed"], totals["reduce"])
     always = totals["always"]
     return {"always": always, "pass": always + passing, "step": always + totals["step"]}
 
