@@ -152,23 +152,32 @@ class TormentedBertFrankenstein(nn.Module):
         x0 = self.embeddings(input_ids, segments)
         x, visits = None, []
         for loop in range(num_loops):
-            run = partial(self._run_loop, x0)  # bound, not passed: every loop would keep a copy of it on the host
+            chosen: list[list[Tensor]] = [[] for _ in self.layers]  # made here, so that recomputations find it
+            # bound, not passed: every loop would keep a copy of it on the host
+            run = partial(self._run_loop, x0, chosen)
             x, stats = self._recomputed(run, x, info, loop, active=self.checkpointing == "loop", outermost=True)
             visits.append(stats)
         return self.final_norm(x), _merge(visits)
 
-    def _run_loop(self, x0: Tensor, x: Tensor | None, info: SegmentInfo, loop: int) -> tuple[Tensor, list[RouterStats]]:
-        """One pass over the layers: [B, T, D] -> ([B, T, D], router statistics of each layer)."""
+    def _run_loop(
+        self, x0: Tensor, chosen: list[list[Tensor]], x: Tensor | None, info: SegmentInfo, loop: int
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """One pass over the layers: [B, T, D] -> ([B, T, D], router statistics of each layer).
+
+        chosen: a list for each layer, where its experts are remembered.
+        """
         active, outermost, stats = self.checkpointing != "none", self.checkpointing == "layer", []
-        for layer in self.layers:
-            visit = layer if stats else partial(self._first_visit, x0)
+        for layer, memo in zip(self.layers, chosen, strict=True):
+            visit = partial(layer, chosen=memo) if stats else partial(self._first_visit, x0, memo)
             x, layer_stats = self._recomputed(visit, x, info, loop, active=active, outermost=outermost)
             stats.append(layer_stats)
         return x, stats
 
-    def _first_visit(self, x0: Tensor, x: Tensor | None, info: SegmentInfo, loop: int) -> tuple[Tensor, RouterStats]:
+    def _first_visit(
+        self, x0: Tensor, chosen: list[Tensor], x: Tensor | None, info: SegmentInfo, loop: int
+    ) -> tuple[Tensor, RouterStats]:
         """The loop's start and first layer, recomputed as one: apart, a loop would keep one more state."""
-        return self.layers[0](self.loop_start(x, x0, loop), info, loop)
+        return self.layers[0](self.loop_start(x, x0, loop), info, loop, chosen)
 
     def _recomputed(self, function: Any, *args: Any, active: bool, outermost: bool) -> Any:
         """Calls `function`, recomputing its activations in backward if `active`.

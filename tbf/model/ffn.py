@@ -47,7 +47,9 @@ class FeedForward(nn.Module):
         self.up_proj = BitLinear(config.hidden_size, (size, size) if self.gated else size, ternary=config.use_bitnet)
         self.down_proj = BitLinear(size, config.hidden_size, ternary=config.use_bitnet, sub_norm=True)
 
-    def forward(self, u: Tensor, info: SegmentInfo, loop: int = 0) -> tuple[Tensor, dict[str, Tensor] | None]:
+    def forward(
+        self, u: Tensor, info: SegmentInfo, loop: int = 0, chosen: list[Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """u [B, T, D], normed -> ([B, T, D], None: there is no router)."""
         if self.gated:
             gate, up = self.up_proj(u)  # [B, T, F] each

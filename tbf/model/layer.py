@@ -31,8 +31,10 @@ class HybridLayer(nn.Module):
         self.ffn = MixtureOfExperts(config) if config.use_moe else FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, info: SegmentInfo, loop: int = 0) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """x [B, T, D] -> ([B, T, D], router statistics or None)."""
+    def forward(
+        self, x: Tensor, info: SegmentInfo, loop: int = 0, chosen: list[Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """x [B, T, D] -> ([B, T, D], router statistics or None). chosen: as in MixtureOfExperts."""
         x = x + self.dropout(self.mixer(x, info, partial(self.mixer_norm, loop=loop), loop))
-        update, stats = self.ffn(self.ffn_norm(x, loop), info, loop)
+        update, stats = self.ffn(self.ffn_norm(x, loop), info, loop, chosen)
         return x + self.dropout(update), stats

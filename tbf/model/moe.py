@@ -16,7 +16,7 @@ from tbf.model.config import UltraConfig
 from tbf.model.ffn import GATED, PLAIN
 from tbf.model.init import linear_std, truncated_normal
 from tbf.model.segment_info import SegmentInfo
-from tbf.ops.moe_dispatch import Routing, combine, count_experts, dispatch, expert_linear, route
+from tbf.ops.moe_dispatch import Routing, choose_experts, combine, count_experts, dispatch, expert_linear, route
 from tbf.ops.ternary import activation_fake_quant, ternary_experts_linear, ternary_fake_quant
 from tbf.ops.ternary_backends import TernaryPlan
 from tbf.ops.ternary_cache import TernaryCache
@@ -101,8 +101,13 @@ class MixtureOfExperts(nn.Module):
             weight = getattr(self, name).weight
             truncated_normal(weight, linear_std(self.config, weight.shape[2], name))
 
-    def forward(self, u: Tensor, info: SegmentInfo, loop: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, u: Tensor, info: SegmentInfo, loop: int = 0, chosen: list[Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """u [B, T, D], normed -> ([B, T, D], router statistics over real tokens).
+
+        chosen: where the first call leaves its choice of experts [N, k] and a recomputation of it finds it. A tie, or a
+        sum in another order on a card, could otherwise send a token elsewhere than its saved activations went.
 
         balance: E sum_e share_e P_e, share of assignments times mean probability; 1 when balanced, at most E / k.
         z: mean squared logsumexp of the logits (2202.08906).
@@ -113,7 +118,10 @@ class MixtureOfExperts(nn.Module):
         logits = F.linear(x.float(), self.router.float())  # [N, E]
         probs = logits.softmax(-1)
         bias = None if self.router_bias is None else self.router_bias[min(loop, self.loops - 1)]
-        routing = route(probs, self.top_k, bias)
+        chosen = [] if chosen is None else chosen
+        if not chosen:
+            chosen.append(choose_experts(probs, self.top_k, bias))
+        routing = route(probs, chosen[0])
         counts = self.host_counts(routing)
         up = self.up_proj(dispatch(x, routing), counts)
         inner = self.activation(up[0]) * up[1] if self.gated else self.activation(up[0])  # [A, F]

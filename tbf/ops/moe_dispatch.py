@@ -39,27 +39,30 @@ class Routing(NamedTuple):
     """[E] int64 rows per expert."""
 
 
-def route(probs: Tensor, top_k: int, bias: Tensor | None = None) -> Routing:
-    """Picks the `top_k` experts of each token by probs + bias and weighs them by probs [N, E].
-
-    Gates are renormalised to sum to one, as in Mixtral (2401.04088); with top_k = 1 the gate is the probability itself
-    (Switch, 2101.03961), since a constant gate would leave the router without a gradient. `bias` [E] steers the choice
-    only (loss-free balancing, 2408.15664).
+def choose_experts(probs: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
+    """The `top_k` experts [N, k] of each token by probs [N, E] + bias [E]; bias balances without a loss (2408.15664).
 
     Raises ConfigError when top_k is outside 1..E.
     """
     count = probs.shape[1]
     if not 1 <= top_k <= count:
         raise ConfigError(f"top_k_experts is {top_k}; it must lie in 1..{count}, the number of experts")
-    chosen_by = probs.detach() if bias is None else probs.detach() + bias
-    experts = chosen_by.topk(top_k, dim=1).indices  # [N, k]
+    return (probs.detach() if bias is None else probs.detach() + bias).topk(top_k, dim=1).indices
+
+
+def route(probs: Tensor, experts: Tensor) -> Routing:
+    """Weighs the chosen experts [N, k] of each token by probs [N, E] and sorts the assignments by expert.
+
+    Gates are renormalised to sum to one, as in Mixtral (2401.04088); with top_k = 1 the gate is the probability itself
+    (Switch, 2101.03961), since a constant gate would leave the router without a gradient.
+    """
     gates = probs.gather(1, experts)
-    if top_k > 1:
+    if experts.shape[1] > 1:
         gates = gates / gates.sum(1, keepdim=True)
     flat = experts.flatten()  # [A]
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return Routing(experts, gates, order, inverse, count_experts(experts, count))
+    return Routing(experts, gates, order, inverse, count_experts(experts, probs.shape[1]))
 
 
 def count_experts(experts: Tensor, num_experts: int, real: Tensor | None = None) -> Tensor:

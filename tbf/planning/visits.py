@@ -180,7 +180,7 @@ def _fill_caches(model: nn.Module) -> int:
 def _run(layer: nn.Module, x: Tensor, info: SegmentInfo, config: UltraConfig, checkpointed: bool) -> tuple[Tensor, ...]:
     """The layer's output and those of its statistics that the loss contains."""
     if checkpointed:
-        y, stats = checkpoint(layer, x, info, 0, use_reentrant=False, preserve_rng_state=config.dropout > 0)
+        y, stats = checkpoint(layer, x, info, 0, [], use_reentrant=False, preserve_rng_state=config.dropout > 0)
     else:
         y, stats = layer(x, info, 0)
     return (y, *(stats[name] for name in ("balance", "z"))) if stats else (y,)

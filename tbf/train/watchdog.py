@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from tbf.errors import EngineError, first_line
+from tbf.errors import CheckpointError, EngineError, first_line
 from tbf.train.heartbeat_link import HeartbeatLink
 from tbf.train.status import RunStatus, read_status
 
@@ -80,8 +80,14 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self.timeout > 0:
-            (self.run_dir / FOLDER).mkdir(exist_ok=True)
-            self._write()
+            try:
+                (self.run_dir / FOLDER).mkdir(exist_ok=True)
+                self._write()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.run_dir / FOLDER}: cannot be written to ({error.strerror}); see to room and permissions, "
+                    "then start again"
+                ) from error
             now = time.monotonic()
             self._own_place_at = now
             for seen in self._others.values():

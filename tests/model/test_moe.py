@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tbf.model.encoder import TormentedBertFrankenstein
 from tbf.model.moe import MixtureOfExperts, router_stats, update_router_biases
 from tbf.model.segment_info import SegmentInfo
-from tbf.ops.moe_dispatch import BACKENDS
+from tbf.ops.moe_dispatch import BACKENDS, choose_experts
 from tbf.ops.ternary import activation_fake_quant, ternary_fake_quant
 
 SEGMENTS = torch.tensor([[1] * 6 + [2] * 3, [1] * 5 + [0] * 4])
@@ -182,6 +182,28 @@ def test_recomputation_routes_alike_and_counts_once(all_mixers, token_ids, mode,
     assert torch.equal(plain.loss, again.loss)
     assert all(torch.equal(plain.router[key], again.router[key]) for key in plain.router)
     assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed))
+
+
+@pytest.mark.parametrize("mode", ["layer", "loop"])
+def test_a_recomputation_remembers_its_experts(all_mixers, token_ids, mode, monkeypatch):
+    torch.manual_seed(0)
+    model = TormentedBertFrankenstein(all_mixers.replace(use_moe=True))
+    ids = token_ids(2, 12)
+    calls = []
+
+    def choose(probs, top_k, bias=None):
+        calls.append(top_k)
+        return choose_experts(probs, top_k, bias)
+
+    monkeypatch.setattr("tbf.model.moe.choose_experts", choose)
+    model.set_activation_checkpointing(mode)
+    loss = model(ids, labels=torch.where(ids % 3 == 0, ids, -100)).loss
+    visits = model.config.num_loops * model.config.num_layers
+    assert len(calls) == visits
+    loss.backward()
+    assert len(calls) == visits
+    model(ids)
+    assert len(calls) == 2 * visits  # another forward chooses anew
 
 
 def test_biases_of_all_layers_follow_the_encoders_loads(all_mixers, token_ids):

@@ -8,7 +8,16 @@ from torch.utils.checkpoint import checkpoint
 
 from tbf.errors import ConfigError
 from tbf.ops import moe_dispatch
-from tbf.ops.moe_dispatch import BACKENDS, choose_backend, combine, count_experts, dispatch, expert_linear, route
+from tbf.ops.moe_dispatch import (
+    BACKENDS,
+    choose_backend,
+    choose_experts,
+    combine,
+    count_experts,
+    dispatch,
+    expert_linear,
+    route,
+)
 
 AVAILABLE = [b for b in BACKENDS if b != "grouped" or hasattr(torch.nn.functional, "grouped_mm")]
 CPU = torch.device("cpu")
@@ -22,7 +31,7 @@ def problem(tokens=40, experts=4, top_k=2, width=8, inner=12, seed=0):
 
 
 def mixed(x, probs, weight, top_k, backend):
-    routing = route(probs, top_k)
+    routing = route(probs, choose_experts(probs, top_k))
     return combine(expert_linear(dispatch(x, routing), weight, routing.counts, backend), routing)
 
 
@@ -52,7 +61,7 @@ def test_any_shape_drops_nothing(tokens, experts, data):
     top_k = data.draw(st.integers(1, experts))
     x, probs, weight, _ = problem(tokens, experts, top_k, width=3, inner=5)
     torch.testing.assert_close(mixed(x, probs, weight, top_k, None), all_experts(x, probs, weight, top_k))
-    assert route(probs, top_k).counts.sum() == tokens * top_k
+    assert route(probs, choose_experts(probs, top_k)).counts.sum() == tokens * top_k
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
@@ -76,14 +85,14 @@ def test_expanded_upstream_gradients(backend):
 
 def test_bias_steers_the_choice_but_not_the_gate():
     probs = torch.tensor([[0.5, 0.3, 0.2]])
-    routing = route(probs, 2, torch.tensor([0.0, -0.2, 0.0]))
+    routing = route(probs, choose_experts(probs, 2, torch.tensor([0.0, -0.2, 0.0])))
     assert routing.experts.tolist() == [[0, 2]]
     torch.testing.assert_close(routing.gates, torch.tensor([[0.5, 0.2]]) / 0.7)
 
 
 def test_a_single_expert_is_weighed_by_its_probability():
     probs = torch.tensor([[0.25, 0.75]], requires_grad=True)
-    gates = route(probs, 1).gates
+    gates = route(probs, choose_experts(probs, 1)).gates
     assert gates.item() == 0.75
     gates.sum().backward()
     assert probs.grad.tolist() == [[0.0, 1.0]]
@@ -97,7 +106,7 @@ def test_counts_skip_padding():
 
 def test_rows_are_sorted_by_expert_and_found_again():
     x, probs, _, top_k = problem()
-    routing = route(probs, top_k)
+    routing = route(probs, choose_experts(probs, top_k))
     assert torch.equal(routing.experts.flatten()[routing.order].sort().values, routing.experts.flatten()[routing.order])
     assert torch.equal(dispatch(x, routing)[routing.inverse], x.repeat_interleave(top_k, 0))
 
@@ -143,6 +152,6 @@ def test_widths_that_the_grouped_kernel_refuses(monkeypatch):
 def test_refuses():
     x, probs, weight, _ = problem()
     with pytest.raises(ConfigError, match="top_k_experts is 5"):
-        route(probs, 5)
+        choose_experts(probs, 5)
     with pytest.raises(ConfigError, match=r"'fast'.*grouped"):
         expert_linear(x, weight, torch.tensor([40, 0, 0, 0]), "fast")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tbf.model.moe import router_stats
-from tbf.ops.moe_dispatch import BACKENDS, combine, dispatch, expert_linear, route
+from tbf.ops.moe_dispatch import BACKENDS, choose_experts, combine, dispatch, expert_linear, route
 from tests.parity.conftest import absolute, random, relative
 
 AVAILABLE = [b for b in BACKENDS if b != "grouped" or hasattr(F, "grouped_mm")]
@@ -31,7 +31,8 @@ def block(mixtral):
 
 def ours(x, router, up, down, backend):
     """The same block from our pieces: SwiGLU experts without SubLN."""
-    routing = route(F.linear(x, router).softmax(-1), 2)
+    probs = F.linear(x, router).softmax(-1)
+    routing = route(probs, choose_experts(probs, 2))
     gate, inner = expert_linear(dispatch(x, routing), up, routing.counts, backend).chunk(2, -1)
     return combine(expert_linear(F.silu(gate) * inner, down, routing.counts, backend), routing)
 
@@ -71,7 +72,7 @@ def test_balance_loss_against_transformers(measured, mixtral, padded):
     real = torch.arange(60) < (41 if padded else 60)
     expected = mixtral.load_balancing_loss_func((logits,), 4, 2, real[None].long() if padded else None)
     probs = logits.softmax(-1)
-    got = router_stats(logits, probs, route(probs, 2).experts, real)["balance"] * 2
+    got = router_stats(logits, probs, choose_experts(probs, 2), real)["balance"] * 2
     measured(11, "balance loss x k", "transformers load_balancing_loss_func", absolute(got, expected), 1e-6)
 
 

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from tbf.errors import EngineError
+from tbf.errors import CheckpointError, EngineError
 from tbf.train.watchdog import FOLDER, Watchdog, last_step
 
 RANK = """
@@ -95,6 +96,15 @@ def test_a_lost_connection_is_explained_by_the_rank_that_left(tmp_path, ranks):
         other.wait()
         with pytest.raises(EngineError, match=rf"rank 1 \(pid {other.pid}.*has ended.*reset by peer"), dog.explained():
             raise RuntimeError("Connection reset by peer")
+
+
+def test_a_folder_that_takes_no_beat_is_named_before_the_first_step(tmp_path, monkeypatch):
+    def full(self, *arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match="No space left"), Watchdog(tmp_path, 0, 1, 1.0):
+        pass
 
 
 def test_timeout_0_watches_nothing(tmp_path):
