@@ -56,7 +56,7 @@ def prepare_ops(needs_cpu_adam: bool, say=print, *, needs_async_io: bool = False
         if os.environ.get("DS_ACCELERATOR") == "cpu" and not _build(SHARED_MEMORY_COMM, compiler, say):
             _disable_shared_memory_comm()
         if needs_async_io:
-            require_async_io()
+            _require_async_io()
             if not _build(ASYNC_IO, compiler, say):
                 raise HardwareError(
                     "offload to NVMe needs DeepSpeed's async_io operator, which could not be built here; install a C++ "
@@ -65,7 +65,7 @@ def prepare_ops(needs_cpu_adam: bool, say=print, *, needs_async_io: bool = False
     return adam
 
 
-def require_async_io() -> None:
+def _require_async_io() -> None:
     """Raises HardwareError when DeepSpeed's NVMe operator can't be built here."""
     from deepspeed.accelerator import get_accelerator
 

@@ -30,7 +30,7 @@ from tbf.model.encoder import TormentedBertFrankenstein
 from tbf.ops.ternary_probe import choose_plan
 from tbf.system import installed
 from tbf.train import distributed, heartbeat_link
-from tbf.train.build_ops import prepare_ops, require_async_io
+from tbf.train.build_ops import prepare_ops
 from tbf.train.callbacks import default_callbacks
 from tbf.train.checkpoint import CheckpointStore
 from tbf.train.ds_config import EngineConfig, load_ds_config
@@ -206,7 +206,6 @@ def build_engine(run: RunConfig, engine_config: EngineConfig, device: torch.devi
     model.set_activation_checkpointing(checkpointing.granularity, on_host=checkpointing.on_host)
     if nvme_folders(engine_config.config):
         check_nvme(engine_config.config, model.num_parameters())
-        require_async_io()
     if run.model.use_bitnet:
         set_ternary_plan(model, choose_plan(device, ternary_shapes(model), say=say))
     engine, *_ = deepspeed.initialize(

@@ -98,12 +98,12 @@ def use(monkeypatch, builder):
 def test_nvme_offload_without_libaio_is_refused(monkeypatch, builder):
     use(monkeypatch, builder)
     with pytest.raises(HardwareError, match="install libaio-dev"):
-        build_ops.require_async_io()
+        build_ops._require_async_io()
 
 
 def test_nvme_offload_with_libaio_passes(monkeypatch):
     use(monkeypatch, SimpleNamespace(is_compatible=lambda verbose: True))
-    build_ops.require_async_io()
+    build_ops._require_async_io()
 
 
 @pytest.mark.parametrize("fails", [False, True])
