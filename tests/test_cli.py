@@ -83,6 +83,12 @@ def test_fill_mask_errors(export: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert all(line.startswith("error: ") for line in errors)
 
 
+@pytest.mark.parametrize("verb", ["embed", "fill-mask"])
+def test_fast_is_for_packed_exports(verb: str, export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verb, export, "Hola [MASK].", "--fast") == 2
+    assert "fast: only packed models can; export with --format ternary" in capsys.readouterr().err
+
+
 def test_embed_writes_arrays_and_lines_that_agree(export: Path, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("\n".join(TEXT) + "\n", encoding="utf-8")
     records = [json.dumps({"body": text}) for text in TEXT]

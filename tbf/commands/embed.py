@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tbf.commands import add_verb
+from tbf.commands.exports import FAST_HELP
 from tbf.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def register(verbs: Any) -> None:
     add("--normalize", action="store_true", help="unit length, so that dot products are cosines")
     add("--batch-size", type=int, default=32, metavar="N", help="texts per batch (default: %(default)s)")
     add("--max-length", type=int, metavar="N", help="cut texts to N tokens (default: as in training, else 512)")
+    add("--fast", action="store_true", help=FAST_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tbf.commands.exports import load_with_tokenizer, training_length
     from tbf.evaluate.embeddings import embed
 
-    model, tokenizer = load_with_tokenizer(arguments.model)
+    model, tokenizer = load_with_tokenizer(arguments.model, fast=arguments.fast)
     vectors = embed(
         model,
         tokenizer,

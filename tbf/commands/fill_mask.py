@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from tbf.commands import add_verb
+from tbf.commands.exports import FAST_HELP
 
 EXAMPLES = """\
   tbf fill-mask runs/mini-1/export "La capital de España es [MASK]."
@@ -23,6 +24,7 @@ def register(verbs: Any) -> None:
     parser.add_argument("model", metavar="DIR", help="an export: `export/` of a run, or what convert_ckpt.py wrote")
     parser.add_argument("texts", metavar="TEXT", nargs="+", help="text with one or more [MASK]")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="candidates per mask (default: %(default)s)")
+    parser.add_argument("--fast", action="store_true", help=FAST_HELP)
     parser.add_argument("--json", action="store_true", help="one JSON object per text instead of a table")
 
 
@@ -30,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tbf.commands.exports import load_with_tokenizer
     from tbf.evaluate.fill_mask import fill_mask
 
-    model, tokenizer = load_with_tokenizer(arguments.model)
+    model, tokenizer = load_with_tokenizer(arguments.model, fast=arguments.fast)
     for text in arguments.texts:
         masks = fill_mask(model, tokenizer, text, arguments.top_k)
         if arguments.json:

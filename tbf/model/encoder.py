@@ -5,6 +5,7 @@ Shapes: `B` batch, `T` tokens, `D` hidden, `M` masked slots per row, `V` vocabul
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -73,6 +74,7 @@ class TormentedBertFrankenstein(nn.Module):
         self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = MaskedLMHead(config)
         self.checkpointing, self.checkpoints_on_host = "none", False
+        self.fast: Callable[[Tensor, Tensor, int], Tensor] | None = None  # see tbf.model.fast
         init_weights(self, config)
 
     def forward(
@@ -148,6 +150,8 @@ class TormentedBertFrankenstein(nn.Module):
         """input_ids, segments [B, T] -> (hidden [B, T, D], router statistics over all visits)."""
         if num_loops < 1:
             raise ConfigError(f"num_loops is {num_loops}; it must be at least 1")
+        if self.fast is not None:
+            return self.fast(input_ids, segments, num_loops), None
         info = SegmentInfo.build(self.config, segments)
         x0 = self.embeddings(input_ids, segments)
         x, visits = None, []

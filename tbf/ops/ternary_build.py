@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ import torch
 from tbf.system import cache_root, processor
 
 SOURCES = ("ternary_cpu.cpp", "ternary_gemm.h", "ternary_amx.h")
+"""Of the kernels of training: the file to compile, then what it includes."""
 FOLDER = Path(__file__).parent / "csrc"
 # NaN must behave and no product may be fused with a sum: results are compared bit by bit with eager torch.
 FLAGS = [
@@ -69,16 +70,17 @@ def _private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="tbf-ternary-"))
 
 
-def build(folder: Path) -> Path:
-    """Returns the compiled library, building it if `folder` doesn't hold it yet. Raises BuildError."""
+def build(folder: Path, sources: Sequence[str] = SOURCES) -> Path:
+    """Returns the library of `sources`, building it if `folder` doesn't hold it yet. Raises BuildError."""
     compiler = find_compiler()
     openmp = loaded_openmp()
-    target = folder / f"ternary-{library_key(compiler, openmp)}.so"
+    target = folder / f"{Path(sources[0]).stem.partition('_')[0]}-{library_key(compiler, openmp, sources)}.so"
     if target.exists():
         return target
     with exclusive(target.with_suffix(".lock")):
         if not target.exists():
-            _compile(compiler, openmp, target)
+            log.info("compiling %s for this processor, once", sources[0])
+            _compile(compiler, openmp, target, sources[0])
     return target
 
 
@@ -106,25 +108,25 @@ def loaded_openmp() -> str | None:
     return min(paths, key=lambda path: (not path.startswith(beside), path), default=None)
 
 
-def source_hash() -> str:
+def source_hash(sources: Sequence[str] = SOURCES) -> str:
     """Identifies this version of the C++ kernels."""
     digest = hashlib.sha256()
-    for name in SOURCES:
+    for name in sources:
         digest.update((FOLDER / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
-def library_key(compiler: list[str], openmp: str | None) -> str:
+def library_key(compiler: list[str], openmp: str | None, sources: Sequence[str] = SOURCES) -> str:
     """Names a build by all it depends on."""
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"{compiler[0]} doesn't run ({error})") from error
-    parts = (source_hash(), shlex.join(compiler), version, " ".join(FLAGS), processor(), str(openmp))
+    parts = (source_hash(sources), shlex.join(compiler), version, " ".join(FLAGS), processor(), str(openmp))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _compile(compiler: list[str], openmp: str | None, target: Path) -> None:
+def _compile(compiler: list[str], openmp: str | None, target: Path, source: str) -> None:
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     attempts = [
         (["-fopenmp", native], [openmp] if openmp else ["-fopenmp"]),
@@ -132,10 +134,10 @@ def _compile(compiler: list[str], openmp: str | None, target: Path) -> None:
         ([native], []),  # one thread is better than eager torch
     ]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
-        obj, library = Path(scratch) / "ternary.o", Path(scratch) / "ternary.so"
+        obj, library = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
         for compile_flags, link_flags in attempts:
             commands = (
-                [*compiler, *FLAGS, *compile_flags, "-c", str(FOLDER / SOURCES[0]), "-o", str(obj)],
+                [*compiler, *FLAGS, *compile_flags, "-c", str(FOLDER / source), "-o", str(obj)],
                 [*compiler, "-shared", str(obj), *link_flags, "-o", str(library)],
             )
             error = next((e for e in map(_run, commands) if e), None)

@@ -14,6 +14,7 @@ from tbf.export.ternary import packed_slices, packed_tensors, size_report
 from tbf.export.weights import read_weights, write_weights
 from tbf.model.encoder import TormentedBertFrankenstein
 from tests.export.tiny_runs import TEXT, tiny_config, tiny_tokenizer
+from tests.model.test_fast import needs_fast
 
 MOE = {"use_moe": True, "num_experts": 3, "ffn_activation": "swiglu"}
 
@@ -48,6 +49,15 @@ def test_logits_are_the_models_own(model: TormentedBertFrankenstein, tmp_path: P
     assert not packed.training
     assert torch.equal(logits(packed), logits(model))
     assert not {name for name, _ in packed.named_parameters()} & packed_slices(model).keys()
+
+
+@needs_fast
+def test_the_fast_model_is_close(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = TormentedBertFrankenstein(tiny_config(tiny_tokenizer())).eval()
+    packed, _ = load_pretrained(write_packed(tmp_path / "packed", model), fast=True)
+    assert packed.fast is not None
+    assert (logits(packed) - logits(model))[:, :-1].abs().quantile(0.5) < 1e-3 * logits(model).abs().max()
 
 
 def test_loading_and_saving_again_changes_no_byte(model: TormentedBertFrankenstein, tmp_path: Path) -> None:
