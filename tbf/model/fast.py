@@ -1,9 +1,9 @@
 """The forward of a packed model in one call of compiled code: `load_pretrained(folder, fast=True)`.
 
-PyTorch makes some thousand small operations of a forward, each a pass over memory; csrc/fast_encoder.cpp goes through
-all loops and layers with a few documents at a time, without padding, in a core's caches. Integer products are the same;
-FP32 sums run in another order, which now and then tips the rounding of an activation to int8: results agree with the
-packed model's closely but not bit for bit.
+PyTorch makes some thousand small operations of a forward, each a pass over memory. csrc/fast_encoder.cpp goes through
+all loops and layers with a few documents at a time, without padding, in a core's caches, and reads weights of two bits.
+Integer products are the same. FP32 sums run in another order, which now and then tips the rounding of an activation to
+int8: results are close to the packed model's, but not equal bit for bit.
 
 Shapes: `B` batch, `T` tokens, `D` hidden, `K` head width.
 """
@@ -29,15 +29,15 @@ from tbf.model.segment_info import retention_log_gamma
 from tbf.ops import fast_native as native
 from tbf.ops.hope import hope_rates
 from tbf.ops.rope import rope_angles
-from tbf.ops.ternary_backends import TernaryPlan
-from tbf.ops.ternary_pack import prepare_packed
+from tbf.ops.ternary_pack import unpack_trits
 
 if TYPE_CHECKING:
     from tbf.model.encoder import TormentedBertFrankenstein
     from tbf.model.layer import HybridLayer
 
-GROUP_NUMBERS = 1 << 20
-"""Documents go together through the layers until their rows' widest activations, in FP32, hold this many numbers."""
+GROUP_ROWS = 128
+"""Tokens whose documents go through the layers together: enough to share the unpacking of weights, few enough for a
+core's caches."""
 
 
 def make_fast(model: TormentedBertFrankenstein) -> None:
@@ -64,7 +64,6 @@ class FastEncoder:
         self.layers = (native.Layer * len(self.kept))(*self.kept)
         self.start, self.final_norm = model.loop_start, model.final_norm
         self.model: native.Model | None = None
-        self.group_rows = max(1, GROUP_NUMBERS // max(layer.up.outer for layer in self.kept))
 
     def __call__(self, input_ids: Tensor, segments: Tensor, loops: int) -> Tensor:
         if input_ids.device.type != "cpu":
@@ -78,7 +77,7 @@ class FastEncoder:
         if len(starts):
             x0 = self.embeddings(input_ids[real][None], starts.cumsum(0)[None])[0]  # [rows, D]
             model = self._described(int(edges.diff().max()))
-            hidden[real] = native.fast_encode(model, loops, x0, edges, self.group_rows)
+            hidden[real] = native.fast_encode(model, loops, x0, edges, GROUP_ROWS)
         return hidden
 
     def _described(self, tokens: int) -> native.Model:
@@ -145,16 +144,13 @@ def _norm(norm: nn.Module, kind: str) -> native.Norm:
 
 
 def _linear(layer: PackedLinear) -> native.Linear:
-    """Unpacks the weights into the operands of AVX512-VNNI and AMX, which are the same."""
-    with torch.inference_mode(False), torch.no_grad():
-        (matrix,) = prepare_packed(
-            layer.trits, layer.scales, layer.slices, layer.in_features, TernaryPlan("cpu_vnni", "fp32")
-        )
-    widths = (ctypes.c_int64 * len(layer.slices))(*layer.slices)
-    panels = (ctypes.c_void_p * len(layer.slices))(*(operand.data_ptr() for operand in matrix.forward))
+    values = unpack_trits(layer.trits, layer.in_features).split(list(layer.slices))
+    quads = [native.pack_quads(part) for part in values]
     described = native.Linear(
-        inner=layer.in_features, outer=sum(layer.slices), slices=len(layer.slices), widths=widths, panels=panels,
-        scales=matrix.scales, gain=layer.sub_norm, eps=layer.eps,
+        inner=layer.in_features, outer=sum(layer.slices), slices=len(layer.slices),
+        widths=(ctypes.c_int64 * len(layer.slices))(*layer.slices),
+        quads=(ctypes.c_void_p * len(layer.slices))(*(part.data_ptr() for part in quads)),
+        scales=layer.scales, gain=layer.sub_norm, eps=layer.eps,
     )  # fmt: skip
-    described.kept.append(matrix)
+    described.kept.append(quads)
     return described

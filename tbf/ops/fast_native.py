@@ -10,14 +10,15 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tbf.errors import HardwareError
 from tbf.ops.ternary_build import BuildError, build, cache_folder
-from tbf.ops.ternary_native import native_tools
+from tbf.ops.ternary_native import PANEL, native_tools
 
 SOURCES = (
-    *("fast_encoder.cpp", "fast_memory.h", "fast_mixers.h", "fast_math.h", "fast_model.h"),
+    *("fast_encoder.cpp", "fast_gemm.h", "fast_memory.h", "fast_mixers.h", "fast_math.h", "fast_model.h"),
     *("ternary_amx.h", "ternary_gemm.h"),
 )
 MIXERS = {"retnet": 0, "titan_attn": 1, "mamba": 2, "ode": 3, "standard_attn": 4, "sigmoid_attn": 5}
@@ -43,10 +44,10 @@ class Description(ctypes.Structure):
 
 
 class Linear(Description):
-    """Packed ternary weights, one operand per slice."""
+    """Ternary weights, one operand of `pack_quads` per slice."""
 
     _fields_ = [
-        ("inner", _L), ("outer", _L), ("slices", _L), ("widths", _P), ("panels", _P), ("scales", _P), ("gain", _P),
+        ("inner", _L), ("outer", _L), ("slices", _L), ("widths", _P), ("quads", _P), ("scales", _P), ("gain", _P),
         ("eps", _F),
     ]  # fmt: skip
 
@@ -98,6 +99,15 @@ def fast_library() -> tuple[ctypes.CDLL, bool]:
         raise HardwareError("the fast encoder's library is of another version; empty tbf's cache folder")
     tools = native_tools()
     return library, bool(library.tbf_fast_serves(1) and tools is not None and tools.has_amx)
+
+
+def pack_quads(values: Tensor) -> Tensor:
+    """Ternary values int8 [N, K] -> uint8 [panels, ceil(K / 16), 64], two bits each: the layout of csrc/fast_gemm.h."""
+    rows, inner = values.shape
+    padded = F.pad(values + 1, (0, -inner % 16, 0, -rows % PANEL)).to(torch.uint8)
+    quads = padded.view(-1, PANEL, padded.shape[1] // 16, 4, 4).permute(3, 0, 2, 1, 4)  # [row of four, P, Q, 16, 4]
+    first, second, third, fourth = quads.flatten(3).unbind()
+    return first | second << 2 | third << 4 | fourth << 6
 
 
 def fast_encode(model: Model, loops: int, x0: Tensor, edges: Tensor, group_rows: int) -> Tensor:

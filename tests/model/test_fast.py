@@ -69,6 +69,17 @@ def test_hidden_states_agree(case, lively):
     assert (found[~real] == 0).all()
 
 
+@pytest.mark.parametrize(("rows", "inner"), [(1, 1), (16, 16), (17, 63), (50, 130)])
+def test_two_bits_hold_what_was_packed(rows, inner):
+    values = torch.randint(-1, 2, (rows, inner), dtype=torch.int8)
+    quads = fast_native.pack_quads(values)
+    assert quads.shape == (-(-rows // 16), -(-inner // 16), 64) and quads.is_contiguous()
+    unpacked = torch.stack([quads >> 2 * i & 3 for i in range(4)], 2)  # [P, Q, 4, 64]
+    whole = unpacked.view(len(quads), -1, 16, 4).transpose(1, 2).flatten(0, 1).flatten(1)  # [16 P, 16 Q]
+    assert torch.equal(whole[:rows, :inner].to(torch.int8) - 1, values)
+    assert not whole[rows:].any() and not whole[:, inner:].any()
+
+
 @needs_fast
 def test_packed_documents_are_taken_apart(lively):
     packed, fast = pair(lively(tiny_config(use_bitnet=True, **ALL_MIXERS)))
@@ -86,7 +97,6 @@ def test_packed_documents_are_taken_apart(lively):
 @needs_fast
 def test_the_number_of_threads_and_the_batch_change_nothing(lively):
     _, fast = pair(lively(tiny_config(use_bitnet=True, **ALL_MIXERS)))
-    fast.fast.group_rows = 100
     inputs, x0 = rows(), torch.randn(sum(LENGTHS), 32)
     model, before = fast.fast._described(256), torch.get_num_threads()
     edges = torch.tensor([0, *LENGTHS]).cumsum(0)
@@ -151,3 +161,15 @@ def test_a_machine_without_a_compiler(monkeypatch, tmp_path):
             make_fast(packed_copy(TormentedBertFrankenstein(tiny_config(use_bitnet=True))))
     finally:
         fast_native.fast_library.cache_clear()
+
+
+@needs_fast
+def test_amx_and_vnni_give_the_same_bits(lively, monkeypatch):
+    library, amx = fast_native.fast_library()
+    if not amx:
+        pytest.skip("no AMX here")
+    _, fast = pair(lively(tiny_config(use_bitnet=True, **ALL_MIXERS)))
+    inputs = rows()
+    tiles = fast(**inputs).last_hidden_state
+    monkeypatch.setattr(fast_native, "fast_library", lambda: (library, False))
+    assert torch.equal(fast(**inputs).last_hidden_state, tiles)

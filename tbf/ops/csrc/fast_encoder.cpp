@@ -2,8 +2,8 @@
 //
 // Documents lie one behind another in x [rows, D], without padding, and go through all loops and layers in groups that
 // are small enough for a core's caches. With at least as many groups as threads, each thread takes groups of its own;
-// otherwise all threads share a group's rows and heads. Integer products are those of ternary_gemm.h and ternary_amx.h;
-// all else is FP32, in another order of operations than PyTorch's.
+// otherwise all threads share a group's rows and heads. Integer products are exact; all else is FP32, in another order
+// of operations than PyTorch's.
 
 #include <algorithm>
 #include <cmath>
@@ -13,18 +13,21 @@
 #include <omp.h>
 #endif
 
+#include "fast_gemm.h"
 #include "fast_memory.h"
 
 #if TBF_GEMM
 namespace {
 
-struct Group {  // documents and the memory that their rows take on the way
+constexpr int64_t kMaxSlices = 8;
+
+struct Group {           // documents and the memory that their rows take on the way
   const int64_t* edges;  // [documents + 1] rows, from the group's first one
   int64_t documents, rows;
   bool amx;
   int threads;
   const HopeTables* hope;  // [H]
-  Buffer quantised, scales, totals, wide, narrow, update, normed, gates, state[4], extra, backward;
+  Buffer quantised, scales, totals, strips, wide, narrow, update, normed, gates, state[4], extra, backward;
 };
 
 // `row` [cols], quantised to int8 [padded to 4]: scale and sum, as tbf_quantise_rows does.
@@ -64,16 +67,17 @@ void linear(const Linear& w, Group& g, Fill&& fill, float* out) {
     if (w.gain) normed(row, w.inner, w.gain, w.eps, 1.0f, row);
     quantise(row, w.inner, quantised + m * ld, scales + m, totals + m);
   }
-  for (int64_t s = 0, first = 0; s < w.slices; first += w.widths[s++]) {
-    const Epilogue e{1, totals, nullptr, scales, w.scales[s], out + first, w.outer, w.widths[s], false};
+  Slice slices[kMaxSlices];
+  for (int64_t s = 0, first = 0; s < w.slices; first += w.widths[s++])
+    slices[s] = {w.quads[s], {1, totals, nullptr, scales, w.scales[s], out + first, w.outer, w.widths[s], false}};
+  const auto unpacked = [](int64_t bytes) { return scratch().panels.get<uint8_t>(bytes); };
 #if TBF_AMX
-    if (g.amx) {
-      gemm_amx<false>(quantised, nullptr, false, g.rows, ld, w.panels[s], w.inner, e, g.threads);
-      continue;
-    }
-#endif
-    gemm<false>(quantised, nullptr, false, g.rows, ld, w.panels[s], w.inner, e, g.threads);
+  if (g.amx) {
+    int8_t* strips = g.strips.get<int8_t>(ceil_div(g.rows, 32) * ceil_div(w.inner, kDeep) * kStripBytes);
+    return gemm_quads_amx(quantised, g.rows, ld, w.inner, slices, w.slices, strips, unpacked, g.threads);
   }
+#endif
+  gemm_quads(quantised, g.rows, ld, w.inner, slices, w.slices, unpacked, g.threads);
 }
 
 inline void apply_norm(const Norm& norm, int64_t loop, const float* x, int64_t size, float* to) {
@@ -197,7 +201,8 @@ void mamba_layer(const Model& model, const Layer& layer, Group& g, int64_t loop,
       each(channels, [&](int64_t c, __mmask16 m) {
         __m512 sum = load(layer.tap_bias + c, m);
         for (int64_t u = low; u < high; ++u)
-          sum = _mm512_fmadd_ps(load(y + u * ld + inner + c, m), load(layer.taps + (u - t + half) * channels + c, m), sum);
+          sum = _mm512_fmadd_ps(load(y + u * ld + inner + c, m), load(layer.taps + (u - t + half) * channels + c, m),
+                                sum);
         store(mixed + t * channels + c, silu(sum), m);
       });
       for (int64_t direction = 0; direction < 2; ++direction)
@@ -230,14 +235,16 @@ void retention_layer(const Model& model, const Layer& layer, Group& g, int64_t l
   linear(layer.in, g, [&](int64_t m, float* row) { apply_norm(layer.mixer_norm, loop, x + m * size, size, row); }, y);
   each_head(g, model.retention_heads, [&](int64_t row, int64_t tokens, int64_t h) {
     const float* q = y + row * ld + h * width;
-    retention(model, Head{q, q + size, q + 2 * size, ld, tokens, width}, model.log_gamma[h], mixed + row * size + h * width, size);
+    retention(model, Head{q, q + size, q + 2 * size, ld, tokens, width}, model.log_gamma[h],
+              mixed + row * size + h * width, size);
   });
   const auto fill = [&](int64_t m, float* row) {
     for (int64_t h = 0; h < model.retention_heads; ++h) {
       const float *from = mixed + m * size + h * width, *gate = y + m * ld + 3 * size + h * width;
       const __m512 by = all(inverse_rms(from, width, model.eps));
       each(width, [&](int64_t c, __mmask16 mask) {
-        store(row + h * width + c, _mm512_mul_ps(_mm512_mul_ps(load(from + c, mask), by), silu(load(gate + c, mask))), mask);
+        store(row + h * width + c, _mm512_mul_ps(_mm512_mul_ps(load(from + c, mask), by), silu(load(gate + c, mask))),
+              mask);
       });
     }
   };
@@ -259,7 +266,8 @@ void attention_layer(const Model& model, const Layer& layer, Group& g, int64_t l
 #pragma omp parallel for num_threads(g.threads) schedule(static)
     for (int64_t m = 0; m < g.rows; m += 6) {
       for (int64_t r = m; r < std::min(g.rows, m + 6); ++r) copy_row(layer.gate_bias, count, gates + r * count);
-      multiply({u + m * size, size, 1}, layer.gates, count, gates + m * count, count, std::min<int64_t>(6, g.rows - m), count, size, true);
+      multiply({u + m * size, size, 1}, layer.gates, count, gates + m * count, count, std::min<int64_t>(6, g.rows - m),
+               count, size, true);
     }
   }
   attend(model, layer, g, qkv, gates, mixed);
@@ -336,8 +344,8 @@ int tbf_fast_serves(int amx) { return !amx; }
 int tbf_fast_serves(int) { return 0; }
 #endif
 
-// out [rows, D] from x0 [rows, D]: documents [edges[d], edges[d + 1]) in groups of about `group_rows` rows. Returns 0, or
-// 1 where this build holds no GEMM.
+// out [rows, D] from x0 [rows, D]: documents [edges[d], edges[d + 1]) in groups of about `group_rows` rows. Returns 0,
+// or 1 where this build holds no GEMM.
 int tbf_fast_encode(const Model* model, int64_t loops, const float* x0, const int64_t* edges, int64_t documents,
                     int64_t group_rows, int amx, float* out, int threads) {
 #if TBF_GEMM
@@ -380,7 +388,8 @@ int tbf_fast_encode(const Model* model, int64_t loops, const float* x0, const in
   }
   return 0;
 #else
-  (void)model, (void)loops, (void)x0, (void)edges, (void)documents, (void)group_rows, (void)amx, (void)out, (void)threads;
+  (void)model, (void)loops, (void)x0, (void)edges, (void)documents, (void)group_rows, (void)amx, (void)out,
+      (void)threads;
   return 1;
 #endif
 }

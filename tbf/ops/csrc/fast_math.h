@@ -1,7 +1,7 @@
 // Point-wise functions and small FP32 products in AVX512 for the fused encoder (fast_encoder.cpp).
 //
-// Rows may have any length: the last vector of each is masked. Relative errors are a few 1e-7, as those of the FP32 sums
-// around them; results don't depend on the number of threads.
+// Rows may have any length: the last vector of each is masked. Relative errors are a few 1e-7, as those of the FP32
+// sums around them; results don't depend on the number of threads.
 
 #pragma once
 
@@ -34,7 +34,8 @@ inline void each(int64_t n, F&& f) {
 
 inline __m512 exp(__m512 x) {  // 0 below -104, never infinite; NaN stays, as the second operand
   x = _mm512_min_ps(all(88.7f), _mm512_max_ps(all(-110.0f), x));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, all(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 n =
+      _mm512_roundscale_ps(_mm512_mul_ps(x, all(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 r = _mm512_fnmadd_ps(n, all(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, all(-2.12194440e-4f), r);
   __m512 p = all(1.0f / 720);
@@ -72,7 +73,8 @@ inline __m512 softplus(__m512 x) {  // max(x, 0) + log1p(z) with z = exp(-|x|), 
   const __m512 z = exp(_mm512_sub_ps(all(0), magnitude(x)));
   const __m512 s = _mm512_div_ps(z, _mm512_add_ps(all(2), z)), square = _mm512_mul_ps(s, s);
   __m512 p = all(2.0f / 15);
-  for (float c : {2.0f / 13, 2.0f / 11, 2.0f / 9, 2.0f / 7, 2.0f / 5, 2.0f / 3, 2.0f}) p = _mm512_fmadd_ps(p, square, all(c));
+  for (float c : {2.0f / 13, 2.0f / 11, 2.0f / 9, 2.0f / 7, 2.0f / 5, 2.0f / 3, 2.0f})
+    p = _mm512_fmadd_ps(p, square, all(c));
   return _mm512_fmadd_ps(p, s, _mm512_max_ps(x, all(0)));
 }
 
@@ -85,7 +87,9 @@ inline float sum_of_squares(const float* x, int64_t n) {
   return _mm512_reduce_add_ps(total);
 }
 
-inline float inverse_rms(const float* x, int64_t n, float eps) { return 1.0f / std::sqrt(sum_of_squares(x, n) / n + eps); }
+inline float inverse_rms(const float* x, int64_t n, float eps) {
+  return 1.0f / std::sqrt(sum_of_squares(x, n) / n + eps);
+}
 
 // Memory that only grows, one per purpose and thread.
 class Buffer {
@@ -119,8 +123,8 @@ struct Matrix {  // rows and columns may lie any distance apart, and run backwar
 };
 
 template <int R, int V>
-inline void multiply_block(const Matrix& a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t inner, __mmask16 last,
-                           bool add) {
+inline void multiply_block(const Matrix& a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t inner,
+                           __mmask16 last, bool add) {
   __m512 sums[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -148,28 +152,47 @@ inline void multiply_block(const Matrix& a, const float* b, int64_t ldb, float* 
 template <int V>
 inline void multiply_columns(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t inner,
                              __mmask16 last, bool add) {
-  for (; rows >= 6; rows -= 6, a.at += 6 * a.row, c += 6 * ldc) multiply_block<6, V>(a, b, ldb, c, ldc, inner, last, add);
+  for (; rows >= 6; rows -= 6, a.at += 6 * a.row, c += 6 * ldc)
+    multiply_block<6, V>(a, b, ldb, c, ldc, inner, last, add);
   switch (rows) {
-    case 5: multiply_block<5, V>(a, b, ldb, c, ldc, inner, last, add); break;
-    case 4: multiply_block<4, V>(a, b, ldb, c, ldc, inner, last, add); break;
-    case 3: multiply_block<3, V>(a, b, ldb, c, ldc, inner, last, add); break;
-    case 2: multiply_block<2, V>(a, b, ldb, c, ldc, inner, last, add); break;
-    case 1: multiply_block<1, V>(a, b, ldb, c, ldc, inner, last, add); break;
-    default: break;
+    case 5:
+      multiply_block<5, V>(a, b, ldb, c, ldc, inner, last, add);
+      break;
+    case 4:
+      multiply_block<4, V>(a, b, ldb, c, ldc, inner, last, add);
+      break;
+    case 3:
+      multiply_block<3, V>(a, b, ldb, c, ldc, inner, last, add);
+      break;
+    case 2:
+      multiply_block<2, V>(a, b, ldb, c, ldc, inner, last, add);
+      break;
+    case 1:
+      multiply_block<1, V>(a, b, ldb, c, ldc, inner, last, add);
+      break;
+    default:
+      break;
   }
 }
 
 // c [rows, cols] = a [rows, inner] b [inner, cols], or += with `add`. The columns of b and c are neighbours.
-inline void multiply(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t cols, int64_t inner,
-                     bool add = false) {
+inline void multiply(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t cols,
+                     int64_t inner, bool add = false) {
   for (int64_t n = 0; n < cols; n += 4 * kLanes, b += 4 * kLanes, c += 4 * kLanes) {
     const int64_t left = cols - n;
     const __mmask16 last = left >= 4 * kLanes ? 0xffff : lanes(left - (ceil_div(left, kLanes) - 1) * kLanes);
     switch (std::min<int64_t>(4, ceil_div(left, kLanes))) {
-      case 4: multiply_columns<4>(a, b, ldb, c, ldc, rows, inner, last, add); break;
-      case 3: multiply_columns<3>(a, b, ldb, c, ldc, rows, inner, last, add); break;
-      case 2: multiply_columns<2>(a, b, ldb, c, ldc, rows, inner, last, add); break;
-      default: multiply_columns<1>(a, b, ldb, c, ldc, rows, inner, last, add);
+      case 4:
+        multiply_columns<4>(a, b, ldb, c, ldc, rows, inner, last, add);
+        break;
+      case 3:
+        multiply_columns<3>(a, b, ldb, c, ldc, rows, inner, last, add);
+        break;
+      case 2:
+        multiply_columns<2>(a, b, ldb, c, ldc, rows, inner, last, add);
+        break;
+      default:
+        multiply_columns<1>(a, b, ldb, c, ldc, rows, inner, last, add);
     }
   }
 }

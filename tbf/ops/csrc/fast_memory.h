@@ -11,8 +11,8 @@ namespace {
 
 constexpr float kMaxMomentum = 0.95f, kGateEps = 1e-6f, kReadEps = 1e-4f;
 
-// A head's rows of q, k (normed, [T, K]) and v walked in one direction; adds what is read to out [T, K]. `gates` [T] are
-// `ld_gates` apart: step, momentum and forgetting, H apart from each other, before the sigmoid.
+// A head's rows of q, k (normed, [T, K]) and v walked in one direction; adds what is read to out [T, K]. `gates` [T]
+// are `ld_gates` apart: step, momentum and forgetting, H apart from each other, before the sigmoid.
 inline void walk_memory(int64_t chunk, int64_t heads, const float* q, const float* k, const float* v, int64_t ldv,
                         const float* gates, int64_t ld_gates, const float* initial, int64_t tokens, int64_t width,
                         bool backwards, float* out) {
@@ -28,7 +28,8 @@ inline void walk_memory(int64_t chunk, int64_t heads, const float* q, const floa
   float *errors = s.values.get(2 * size * width), *read = errors + size * width;
   float *keys = s.scores.get(2 * width * size), *scaled = keys + width * size;  // [K, C]
   float *forget = s.other.get(4 * square), *carry = forget + square, *both = carry + square, *pairs = both + square;
-  float *age = s.factors.get(5 * size), *momentum_age = age + size, *step = momentum_age + size, *b = step + size, *f = b + size;
+  float *age = s.factors.get(5 * size), *momentum_age = age + size, *step = momentum_age + size, *b = step + size,
+        *f = b + size;
   std::copy(initial, initial + area, memory);
   std::fill(momentum, momentum + area, 0.0f);
   const auto gate = [](float x) { return 1.0f / (1.0f + std::exp(-x)); };
@@ -75,7 +76,8 @@ inline void walk_memory(int64_t chunk, int64_t heads, const float* q, const floa
       multiply({q + z * ld, ld, 1}, matrix, width, read, width, here, width, width);
       for (int64_t t = 0; t < here; ++t)
         each(width, [&](int64_t c, __mmask16 m) {
-          store(to + t * ld + c, _mm512_fmadd_ps(load(read + t * width + c, m), all(factor[t]), load(to + t * ld + c, m)), m);
+          store(to + t * ld + c,
+                _mm512_fmadd_ps(load(read + t * width + c, m), all(factor[t]), load(to + t * ld + c, m)), m);
         });
     };
     add_read(memory, b);
@@ -95,8 +97,8 @@ inline void walk_memory(int64_t chunk, int64_t heads, const float* q, const floa
 }
 
 // Adds the gated read of head h to out [T, K]; `gates` [T, 7 H] before the sigmoid.
-inline void titan_memory(const Model& model, const Layer& layer, const Head& head, int64_t h, const float* gates, float* out,
-                         int64_t ldo) {
+inline void titan_memory(const Model& model, const Layer& layer, const Head& head, int64_t h, const float* gates,
+                         float* out, int64_t ldo) {
   Scratch& s = scratch();
   const int64_t width = head.width, tokens = head.tokens, heads = model.heads;
   float *query = s.query.get(tokens * width), *key = s.key.get(tokens * width), *read = s.work.get(tokens * width);

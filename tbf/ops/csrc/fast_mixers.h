@@ -1,7 +1,8 @@
 // The token mixers of the fused encoder, one document and head (or direction) at a time.
 //
-// A document's tokens are rows of `y`, what the input projection gave, `ld` floats apart. Formulas and names are those of
-// tbf/ops/{decay_scan,hope,titan_scan,rope}.py. Shapes: T tokens, K head width, P value width, N state size, C chunk.
+// A document's tokens are rows of `y`, what the input projection gave, `ld` floats apart. Formulas and names are those
+// of tbf/ops/{decay_scan,hope,titan_scan,rope}.py. Shapes: T tokens, K head width, P value width, N state size, C
+// chunk.
 
 #pragma once
 
@@ -16,7 +17,7 @@ constexpr int64_t kChunk = 64;  // tokens between which a scan passes its state 
 constexpr float kStrongest = -32.0f;
 
 struct Scratch {  // of one thread
-  Buffer query, key, scores, other, factors, state, states, values, work, row;
+  Buffer query, key, scores, other, factors, state, states, values, work, row, panels;
 };
 
 inline Scratch& scratch() {
@@ -113,9 +114,11 @@ inline void load_head(const Head& head, const float* q_gain, const float* k_gain
 }
 
 inline void attention(const Model& model, const Layer& layer, const Head& head, float* out, int64_t ldo) {
-  load_head(head, layer.q_gain, layer.k_gain, model.eps, model.rope, model.positions, 1.0f / std::sqrt(head.width), false);
+  load_head(head, layer.q_gain, layer.k_gain, model.eps, model.rope, model.positions, 1.0f / std::sqrt(head.width),
+            false);
   Scratch& s = scratch();
-  const int64_t width = head.width, tokens = head.tokens, ldk = padded(tokens), reach = layer.window ? layer.window / 2 : tokens;
+  const int64_t width = head.width, tokens = head.tokens, ldk = padded(tokens),
+                reach = layer.window ? layer.window / 2 : tokens;
   const float *query = s.query.get(tokens * width), *key = s.key.get(width * ldk);
   float* scores = s.scores.get(kBlock * ldk);
   const Weigh weigh{head, reach, layer.mixer == kSigmoid};
@@ -127,8 +130,8 @@ inline void attention(const Model& model, const Layer& layer, const Head& head, 
   }
 }
 
-// HoPE's decays of one head, exp(-rate_c n) for distances n < most: by channel and falling distance for what lies behind
-// a query, by channel and rising distance for what lies ahead, and by distance for the queries of a block.
+// HoPE's decays of one head, exp(-rate_c n) for distances n < most: by channel and falling distance for what lies
+// behind a query, by channel and rising distance for what lies ahead, and by distance for the queries of a block.
 struct HopeTables {
   float *behind, *ahead;            // [K, padded most]
   float *turn_behind, *turn_ahead;  // [kBlock, K]: row r is r tokens from the block's first query, or from its last
@@ -137,8 +140,12 @@ struct HopeTables {
   static int64_t size(int64_t width, int64_t most) { return 2 * width * (padded(most) + kBlock); }
 
   HopeTables(float* at, int64_t width, int64_t most)
-      : behind(at), ahead(behind + width * padded(most)), turn_behind(ahead + width * padded(most)),
-        turn_ahead(turn_behind + kBlock * width), most(most), ld(padded(most)) {}
+      : behind(at),
+        ahead(behind + width * padded(most)),
+        turn_behind(ahead + width * padded(most)),
+        turn_ahead(turn_behind + kBlock * width),
+        most(most),
+        ld(padded(most)) {}
 
   // Pairs (u, w) fall with (theta' - theta, theta' + theta) behind and the other way round ahead.
   void fill(const float* theta, float theta_prime, int64_t width) const {
@@ -174,10 +181,12 @@ inline void times(const float* a, const float* b, int64_t count, float* to) {
 }
 
 inline void over(const float* a, const float* b, int64_t count, float* to) {
-  each(count, [&](int64_t i, __mmask16 m) { store(to + i, _mm512_maskz_div_ps(m, load(a + i, m), load(b + i, m)), m); });
+  each(count,
+       [&](int64_t i, __mmask16 m) { store(to + i, _mm512_maskz_div_ps(m, load(a + i, m), load(b + i, m)), m); });
 }
 
-inline void hope(const Model& model, const Layer& layer, const Head& head, const HopeTables& d, float* out, int64_t ldo) {
+inline void hope(const Model& model, const Layer& layer, const Head& head, const HopeTables& d, float* out,
+                 int64_t ldo) {
   Scratch& s = scratch();
   const int64_t width = head.width, tokens = head.tokens, ldk = padded(tokens);
   const int64_t reach = layer.window ? layer.window / 2 : tokens;
@@ -245,13 +254,16 @@ inline void retention(const Model& model, const Head& head, float log_gamma, flo
       const int64_t z = (backwards ? chunks - 1 - step : step) * size, here = std::min(size, tokens - z);
       for (int64_t t = 0; step && t < here; ++t) {
         const __m512 by = all(powers[size + (backwards ? here - t : t + 1)]);
-        each(width, [&](int64_t c, __mmask16 m) { store(scaled + t * width + c, _mm512_mul_ps(load(query + (z + t) * width + c, m), by), m); });
+        each(width, [&](int64_t c, __mmask16 m) {
+          store(scaled + t * width + c, _mm512_mul_ps(load(query + (z + t) * width + c, m), by), m);
+        });
       }
       if (step) multiply({scaled, width, 1}, state, width, out + z * ldo, ldo, here, width, width, true);
       for (int64_t c = 0; c < width; ++c)
         times(key + c * ldk + z, powers + (backwards ? size : size - here + 1), here, scaled + c * size);
       const __m512 through = all(powers[size + here]);
-      each(width * width, [&](int64_t i, __mmask16 m) { store(state + i, _mm512_mul_ps(load(state + i, m), through), m); });
+      each(width * width,
+           [&](int64_t i, __mmask16 m) { store(state + i, _mm512_mul_ps(load(state + i, m), through), m); });
       multiply({scaled, size, 1}, head.v + z * head.ld, head.ld, state, width, width, width, here, true);
     }
   }
@@ -300,7 +312,9 @@ inline void mamba(const Model& model, const Layer& layer, const float* channels,
       if (z > 0) {
         for (int64_t t = 0; t < here; ++t) {
           const __m512 by = all(std::exp(age[t]));
-          each(n, [&](int64_t c, __mmask16 m) { store(read + t * n + c, _mm512_mul_ps(load(rows + t * ld + to_c + c, m), by), m); });
+          each(n, [&](int64_t c, __mmask16 m) {
+            store(read + t * n + c, _mm512_mul_ps(load(rows + t * ld + to_c + c, m), by), m);
+          });
         }
         multiply({read, n, 1}, state, width, to, ldo, here, width, n, true);
       }

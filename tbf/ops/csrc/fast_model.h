@@ -12,10 +12,10 @@ enum Mixer : int64_t { kRetention, kTitan, kMamba, kOde, kSoftmax, kSigmoid };
 enum NormKind : int64_t { kRms, kLayerNorm, kDerf, kTanh };
 enum Activation : int64_t { kSquaredRelu, kSilu, kGelu };
 
-struct Linear {  // packed ternary weights, one panel operand per slice
+struct Linear {  // ternary weights of two bits, one operand per slice, at most 8
   int64_t inner, outer, slices;
   const int64_t* widths;
-  const uint8_t* const* panels;
+  const uint8_t* const* quads;
   const float* scales;
   const float* gain;  // [inner] or null: of the RMSNorm before quantising
   float eps;
@@ -32,10 +32,10 @@ struct Layer {
   int64_t mixer, window;
   Norm mixer_norm, ffn_norm;
   Linear in, out, up, down;
-  const float *q_gain, *k_gain;                               // attention: [K]
-  const float *tau, *stage_scale;                             // ODE: [L, D], [S, D]
-  const float *taps, *tap_bias, *rate, *step_bias, *skip;     // Mamba: [k, I + 4 N], [I + 4 N], [H], [H], [H]
-  const float *gates, *gate_bias, *initial;                   // Titan's memory: [D, 7 H], [7 H], [H, K, K]; or null
+  const float *q_gain, *k_gain;                            // attention: [K]
+  const float *tau, *stage_scale;                          // ODE: [L, D], [S, D]
+  const float *taps, *tap_bias, *rate, *step_bias, *skip;  // Mamba: [k, I + 4 N], [I + 4 N], [H], [H], [H]
+  const float *gates, *gate_bias, *initial;                // Titan's memory: [D, 7 H], [7 H], [H, K, K]; or null
 };
 
 struct Model {
@@ -45,7 +45,7 @@ struct Model {
   float eps;
   const Layer* layer;
   const float *inject, *shift, *final_gain;  // [L, D], [L, D], [D]
-  const float *log_gamma;                    // [H]
+  const float* log_gamma;                    // [H]
   const float *theta, *theta_prime;          // [H, K / 2], [H]
   const float *rope, *retention_rope;        // [2, T, K]: cosines, then sines with the sign that the swapped pair takes
   int64_t positions;                         // T of both
