@@ -10,7 +10,10 @@ import datetime
 import json
 import os
 import socket
+import sys
+import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +22,12 @@ import torch.distributed as dist
 from tbf import errors
 from tbf.errors import ConfigError, EngineError, TbfError, first_line
 from tbf.train.environment import ProcessInfo
+from tbf.train.launcher_watch import planned_hosts
 
 JOIN_TIMEOUT_S = 600.0
 """That the slowest machine may take to compile its operators; TBF_JOIN_TIMEOUT overrides it."""
+PATIENCE_S = 20.0
+"""After which a rank that waits for others says so."""
 _CURE = {
     "versions": "install the same versions on every machine (make setup)",
     "settings": "start every rank with the same preset, ds_config and options",
@@ -37,6 +43,7 @@ class Note:
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     problem: tuple[str, str] | None = None
     """Class and text of the TbfError that stops this rank."""
+    world_size: int = 1
 
 
 def join(process: ProcessInfo, facts: dict[str, dict[str, Any]], problem: TbfError | None) -> dist.Store:
@@ -52,10 +59,16 @@ def join(process: ProcessInfo, facts: dict[str, dict[str, Any]], problem: TbfErr
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = _open(process, address, port, limit)
     stated = None if problem is None else (type(problem).__name__, str(problem))
-    note = Note(process.rank, facts=json.loads(json.dumps(facts, default=str)), problem=stated)
+    same = json.loads(json.dumps(facts, default=str))
+    note = Note(process.rank, facts=same, problem=stated, world_size=process.world_size)
     try:
+        if store.add(f"here{process.rank}", 1) > 1 and not _agent_store():
+            raise EngineError(
+                f"there is a rank {process.rank} at {address}:{port} already: an earlier run (`ss -ltnp` on {address} "
+                f"names it; end it, or start with --master_port {port + 1}), or a machine with the same --node_rank"
+            )
         store.set(f"note{process.rank}", json.dumps(vars(note)))
-        notes = _notes(store, process.world_size, limit, f"{address}:{port}")
+        notes = _notes(store, process, limit, f"{address}:{port}")
         verdict = _verdict(notes)
         if verdict is not None:
             _leave_together(store, process)
@@ -70,38 +83,110 @@ def join(process: ProcessInfo, facts: dict[str, dict[str, Any]], problem: TbfErr
 
 
 def _open(process: ProcessInfo, address: str, port: int, limit: float) -> dist.Store:
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process holds the store
-    serves = process.rank == 0 and not agent
-    timeout = datetime.timedelta(seconds=limit)
-    try:
-        store = dist.TCPStore(address, port, is_master=serves, timeout=timeout, wait_for_workers=False)
-    except (RuntimeError, ValueError) as error:
-        why = first_line(error)[:200]
+    serves = process.rank == 0 and not _agent_store()
+    started = time.monotonic()
+    while True:
+        left = limit - (time.monotonic() - started)
+        try:
+            store = connect(address, port, serves, max(1.0, min(left, PATIENCE_S)))
+            store.set_timeout(datetime.timedelta(seconds=limit))
+            break
+        except (RuntimeError, ValueError, TimeoutError) as error:
+            why = first_line(error)[:200]
         if serves:
             raise EngineError(
                 f"rank 0 cannot listen on port {port} ({why}); `ss -ltnp` names who does, perhaps an earlier "
                 f"run: end it, or start with --master_port {port + 1}"
-            ) from None
-        raise EngineError(
-            f"rank {process.rank} on {socket.gethostname()} cannot reach rank 0 at {address}:{port} within "
-            f"{limit:.0f} s ({why}); look at rank 0's output, then at the firewall and at what {address} "
-            "resolves to here"
-        ) from None
+            )
+        here = f"rank {process.rank} on {socket.gethostname()}"
+        waited = time.monotonic() - started
+        if waited >= limit:
+            raise EngineError(
+                f"{here} cannot reach rank 0 at {address}:{port} within {limit:.0f} s ({why}); look at rank 0's "
+                f"output, then at the firewall and at what {address} resolves to here"
+            )
+        if waited < 2 * PATIENCE_S:
+            _say(f"{here} has not reached rank 0 at {address}:{port} after {waited:.0f} s, and tries for {limit:.0f} s")
     return dist.PrefixStore(f"tbf{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _notes(store: dist.Store, world_size: int, limit: float, where: str) -> list[Note]:
-    deadline = time.monotonic() + limit
-    while missing := [rank for rank in range(world_size) if not store.check([f"note{rank}"])]:
-        if time.monotonic() > deadline:
-            here = [Note(**json.loads(store.get(f"note{rank}"))) for rank in range(world_size) if rank not in missing]
+def connect(address: str, port: int, serves: bool, seconds: float) -> dist.Store:
+    """A store that this process serves or is a client of. Raises RuntimeError, ValueError or TimeoutError.
+
+    In a thread, since a client waits without end for the answer of a program that is no store.
+    """
+    found: list[Any] = []
+
+    def attempt() -> None:
+        wait = datetime.timedelta(seconds=seconds)
+        try:
+            found.append(dist.TCPStore(address, port, is_master=serves, timeout=wait, wait_for_workers=False))
+        except (RuntimeError, ValueError) as error:
+            found.append(error)
+
+    thread = threading.Thread(target=attempt, name="tbf-connect", daemon=True)
+    thread.start()
+    thread.join(seconds + 2.0)
+    if not found:
+        raise TimeoutError("what listens there does not answer as a store of torch does")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _agent_store() -> bool:
+    """Whether torchrun's own process holds the store, through all the starts of its ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _notes(store: dist.Store, process: ProcessInfo, limit: float, where: str) -> list[Note]:
+    """The notes of all ranks; those of a few as soon as these show that the ranks count themselves differently."""
+    started, said, found = time.monotonic(), False, {}
+    while True:
+        for rank in range(process.world_size):
+            if rank not in found and store.check([f"note{rank}"]):
+                found[rank] = Note(**json.loads(store.get(f"note{rank}")))
+        notes = [found[rank] for rank in sorted(found)]
+        if len(found) == process.world_size or any(note.world_size != process.world_size for note in notes):
+            return notes
+        waited = time.monotonic() - started
+        if waited > limit:
+            here = _few([f"{note.rank} on {note.host}" for note in notes])
             raise EngineError(
-                f"only {len(here)} of {world_size} ranks joined at {where} within {limit:.0f} s: no sign of rank "
-                f"{_few(missing)}; here are {_few([f'{note.rank} on {note.host}' for note in here])}. Look at the "
-                "missing ones' output; if there is none, at their machines, the firewall and the network interface"
+                f"only {len(found)} of {process.world_size} ranks joined at {where} within {limit:.0f} s: no sign of "
+                f"rank {_missing(process, found)}; here are {here}. Look at the missing ones' output; if there is "
+                "none, at their machines, the firewall and the network interface"
+            )
+        if process.rank == 0 and not said and waited > PATIENCE_S:
+            said = True
+            _say(
+                f"no sign yet of rank {_missing(process, found)} after {waited:.0f} s; given up after {limit:.0f} s. "
+                "Look at what their machines print, and at `tbf doctor --hostfile`"
             )
         time.sleep(0.1)
-    return [Note(**json.loads(store.get(f"note{rank}"))) for rank in range(world_size)]
+
+
+def _missing(process: ProcessInfo, found: Collection[int]) -> str:
+    """Ranks, with their machines where the launcher names them and whether these names mean anything."""
+    hosts, parts = planned_hosts(), []
+    for rank in range(process.world_size):
+        if rank not in found:
+            host = hosts[rank] if len(hosts) == process.world_size else ""
+            unknown = "" if _resolves(host) else ", a name that does not resolve here"
+            parts.append(f"{rank} ({host}{unknown})" if host else str(rank))
+    return _few(parts)
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host.rpartition("@")[2], None)
+    except OSError:
+        return False
+    return True
+
+
+def _say(text: str) -> None:
+    print(f"waiting: {text}", file=sys.stderr, flush=True)
 
 
 def _verdict(notes: list[Note]) -> TbfError | None:
@@ -112,6 +197,13 @@ def _verdict(notes: list[Note]) -> TbfError | None:
             return _shared(kind(f"{text} (on rank {note.rank}, {note.host})"))
     first = notes[0]
     for note in notes[1:]:
+        if note.world_size != first.world_size:
+            return _shared(
+                ConfigError(
+                    f"rank {note.rank} on {note.host} counts {note.world_size} ranks, rank {first.rank} on "
+                    f"{first.host} {first.world_size}; start every machine with the same hostfile and slots"
+                )
+            )
         for group, cure in _CURE.items():
             mine, theirs = first.facts.get(group, {}), note.facts.get(group, {})
             unlike = [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]

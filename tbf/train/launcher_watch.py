@@ -6,6 +6,9 @@ torchrun is killed outright, its ranks live on too, and `deepspeed` even reports
 
 from __future__ import annotations
 
+import base64
+import json
+
 import psutil
 
 _DEEPSPEED_LAUNCH = "deepspeed.launcher.launch"
@@ -26,6 +29,15 @@ class LauncherWatch:
                 return f"{name} (pid {launcher.pid}), which started this run, is gone"
             child = launcher
         return None
+
+
+def planned_hosts() -> list[str]:
+    """Where DeepSpeed's launcher starts each rank, as its own command line has it; empty under any other."""
+    for part in _command(psutil.Process().parent()):
+        if part.startswith("--world_info="):
+            world = json.loads(base64.urlsafe_b64decode(part.partition("=")[2]))
+            return [host for host, slots in world.items() for _ in slots]
+    return []
 
 
 def _launchers() -> list[tuple[psutil.Process, str]]:

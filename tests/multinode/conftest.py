@@ -17,6 +17,22 @@ def lab(tmp_path_factory):
         yield machines
 
 
+@pytest.fixture
+def hosts(tmp_path):
+    """Two fresh machines; their run folders are not shared."""
+    if reason := missing():
+        pytest.skip(reason)
+    with Lab(tmp_path) as machines:
+        yield machines
+
+
+@pytest.fixture
+def hosts_with_ssh(hosts):
+    if reason := missing("sshd", "pdsh"):
+        pytest.skip(reason)
+    return hosts
+
+
 @pytest.fixture(scope="session")
 def local_losses(tmp_path_factory):
     """Losses of two ranks on one machine, as texts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -11,10 +12,11 @@ from pathlib import Path
 import yaml
 
 from tests.helpers.runs import DS_ZERO2, ROOT, TINY
-from tests.multinode.lab import Lab, settings
+from tests.multinode.lab import Lab, settings, until
 
 TRAIN = ROOT / "launch" / "train.py"
 PORT = 29500
+KEEPALIVE = ["PDSH_SSH_ARGS_APPEND=-o ServerAliveInterval=2 -o ServerAliveCountMax=2"]
 
 
 class Job:
@@ -34,6 +36,10 @@ class Job:
     @property
     def output(self) -> str:
         return "".join(line for texts in self._texts.values() for line in texts)
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.output.splitlines() if "error: " in line]
 
     def wait(self, timeout: float = 180.0) -> dict[str, int]:
         """Exit codes by host; the output is kept."""
@@ -63,8 +69,9 @@ def program(run_dir: Path, preset: Path, *more: object, ds_config: Path = DS_ZER
     return [TRAIN, "--ds_config", ds_config, "--preset", preset, "--run-dir", run_dir, *more]
 
 
-def pdsh(lab: Lab, job: Sequence[object], *options: object) -> Job:
-    return Job(lab, {lab.hosts[0]: ["deepspeed", "--hostfile", "hostfile", *options, *job]})
+def pdsh(lab: Lab, job: Sequence[object], env: Sequence[str] = ()) -> Job:
+    """`env`: NAME=VALUE for the launcher."""
+    return Job(lab, {lab.hosts[0]: ["env", *env, "deepspeed", "--hostfile", "hostfile", *job]})
 
 
 def no_ssh(lab: Lab, job: Sequence[object], env: Sequence[str] = (), only: str = "") -> Job:
@@ -92,3 +99,32 @@ def openmpi(lab: Lab, job: Sequence[object], *options: object) -> Job:
     hosts = ",".join(f"{host}:1" for host in lab.hosts)
     launcher = ["mpirun", "--allow-run-as-root", "--host", hosts, "--map-by", "ppr:1:node", *passed, *options]
     return Job(lab, {lab.hosts[0]: [*launcher, sys.executable, *job]})
+
+
+def checkpoints(lab: Lab, host: str = "node1") -> list[int]:
+    """Steps of the complete ones in the host's own run folder."""
+    found = (lab.files(host) / "run" / "checkpoints").glob("step-*/manifest.json")
+    return sorted(int(path.parent.name[5:]) for path in found)
+
+
+def status(lab: Lab, host: str = "node1") -> dict[str, object]:
+    return json.loads((lab.files(host) / "run" / "run_status.json").read_text())
+
+
+def until_saved(lab: Lab, job: Job, after: int = 0) -> float:
+    """Waits until every host has a checkpoint of a step beyond `after`."""
+
+    def saved() -> bool:
+        assert any(p.poll() is None for p in job.processes.values()), job.output[-4000:]
+        return all(checkpoints(lab, host) and checkpoints(lab, host)[-1] > after for host in lab.hosts)
+
+    return until(saved, 240, "a checkpoint")
+
+
+def until_gone(lab: Lab, seconds: float = 90, hosts: Sequence[str] = ()) -> float:
+    """Waits until no process of a job is left, on any host or on those named."""
+
+    def left() -> list[str]:
+        return [line for host in hosts or lab.hosts for line in lab.processes(host, str(TRAIN))]
+
+    return until(lambda: not left(), seconds, "the end of all processes")
