@@ -21,7 +21,7 @@ ALLOWED = {
     "export": {"errors", "system", "config", "model", "ops", "data", "checkpoints", "export"},
     "evaluate": {"errors", "system", "config", "model", "ops", "data", "export", "evaluate"},
     "hf": {"errors", "system", "config", "model", "ops", "data", "hf"},
-    "doctor": {"errors", "system", "config", "model", "ops", "hardware", "train", "doctor"},
+    "doctor": {"errors", "system", "config", "model", "ops", "data", "hardware", "train", "doctor"},
     "report": {"errors", "system", "evaluate", "train", "report"},
     "planning": {"errors", "system", "config", "model", "ops", "hardware", "planning"},
     "train": {"errors", "system", "config", "model", "ops", "data", "hardware", "planning"}

@@ -15,7 +15,7 @@ from tbf.errors import ConfigError, HardwareError
 EXAMPLES = """\
   tbf doctor
   tbf doctor --build --nvme /mnt/nvme
-  tbf doctor --hostfile hostfile --json
+  tbf doctor --hostfile hostfile --data /data/es
 """
 
 
@@ -29,7 +29,13 @@ def register(verbs: Any) -> None:
     add = parser.add_argument
     add("--build", action="store_true", help="compile the host optimizer in a scratch folder (one to three minutes)")
     add("--nvme", type=Path, metavar="DIR", help="the folder for NVMe offload: measure it, and check what it needs")
-    add("--hostfile", type=Path, metavar="FILE", help="ask every machine of it over ssh")
+    add(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="ask every machine of it over ssh, and measure the network between",
+    )
+    add("--data", type=Path, metavar="DIR", help="prepared data that every machine of the hostfile must have alike")
     add("--port", type=int, default=29500, metavar="N", help="where ranks meet (default: %(default)s)")
     add("--no-kernels", action="store_true", help="skip the table of ternary kernels")
     add("--json", action="store_true", help="one JSON object instead of lines")
@@ -43,10 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
     from tbf.doctor.options import Options
     from tbf.train.environment import ProcessInfo, set_threads, tune_allocator
 
+    if arguments.data and not arguments.hostfile:
+        raise ConfigError(
+            "--data compares the machines of a hostfile; give --hostfile FILE, or use `tbf data inspect DIR --verify`"
+        )
     if arguments.hostfile:
         read_hostfile(arguments.hostfile)  # a typing error shows now, not after all the other checks
     options = Options(
-        arguments.nvme, arguments.hostfile, arguments.build, kernels=not arguments.no_kernels, port=arguments.port
+        arguments.nvme, arguments.hostfile, arguments.build, not arguments.no_kernels, arguments.port, arguments.data
     )
     set_threads(ProcessInfo(0, 0, 1, 1, "python"))  # as in training, before torch is imported
     tune_allocator()

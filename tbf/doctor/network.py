@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tbf.doctor.finding import Finding, green, red, yellow
+from tbf.doctor.between import network
+from tbf.doctor.finding import RED, Finding, green, red, yellow
 from tbf.doctor.machine import Answer, Machine
 from tbf.doctor.options import Options
+from tbf.doctor.reach import command_on
 from tbf.errors import ConfigError
 
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "StrictHostKeyChecking=yes")
-LOCAL = ("localhost", "127.0.0.1", "::1")
 MOST_SKEW = 2.0  # seconds between clocks, beyond what the connection took
 
 
@@ -57,15 +55,26 @@ def own_name(machine: Machine, options: Options) -> Iterator[Finding]:
 
 
 def hosts(machine: Machine, options: Options) -> Iterator[Finding]:
-    """Each machine of the hostfile: reachable without a password, same versions, enough cards, same time."""
+    """Each machine of the hostfile: reachable without a password, same versions, enough cards, same time, same data.
+    Where all are fit, the network between them."""
     if options.hostfile is None:
         return
     if machine.which("pdsh") is None:
         yield yellow("pdsh", "missing", "apt install pdsh, or start each machine with --no_ssh (launch/multi_node.md)")
-    for host, slots in read_hostfile(options.hostfile).items():
+    names, fit, data = read_hostfile(options.hostfile), True, {}
+    for host, slots in names.items():
         asked = time.time()
-        answer = _ask(machine, host)
-        yield _judge(host, slots, answer, machine.versions(), asked, time.time())
+        folder = [str(options.data)] if options.data else []
+        answer = machine.run(command_on(host, ["tbf.doctor.versions", *folder]), timeout=60)
+        finding = _judge(host, slots, answer, machine.versions(), asked, time.time())
+        if finding.status != RED and options.data:
+            data[host] = json.loads(_last(answer)).get("data", {})
+        fit = fit and finding.status != RED
+        yield finding
+    if data:
+        yield _same_data(data)
+    if fit and len(names) > 1:
+        yield from network(machine, options, names)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -88,19 +97,28 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return found
 
 
-def _ask(machine: Machine, host: str) -> Answer:
-    """Versions of a machine, by the same interpreter and clone as here: that is what the launcher will use."""
-    command = [sys.executable, "-m", "tbf.doctor.versions"]
-    if host in LOCAL:
-        return machine.run(command, timeout=60)
-    remote = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(command)}"  # what ssh passes on is a shell's line
-    return machine.run([*SSH, "--", host, remote], timeout=60)
+def _same_data(found: dict[str, dict[str, str]]) -> Finding:
+    """The prepared folder of every machine beside the first one's."""
+    first, mine = next(iter(found.items()))
+    cure = "tbf data prepare on one machine, and copy its folder to the others (rsync -a)"
+    for host, theirs in found.items():
+        if "error" in theirs:
+            return red("data", f"{host}: {theirs['error']}", cure)
+        unlike = [name for name in mine if theirs.get(name) != mine[name]]
+        if unlike:
+            name = unlike[0]
+            return red("data", f"{host} has another {name} ({theirs.get(name)}) than {first} ({mine[name]})", cure)
+    return green("data", f"the same on {len(found)} machine(s): {', '.join(f'{k} {v}' for k, v in mine.items())}")
+
+
+def _last(answer: Answer) -> str:
+    return (answer.output.strip().splitlines() or ["no answer"])[-1]
 
 
 def _judge(
     host: str, slots: int, answer: Answer, mine: dict[str, str | None], asked: float, answered: float
 ) -> Finding:
-    last = (answer.output.strip().splitlines() or ["no answer"])[-1]
+    last = _last(answer)
     if answer.code in (124, 255):
         return red(
             "host", f"{host}: cannot be reached ({'no answer in time' if answer.code == 124 else last})",

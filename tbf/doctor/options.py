@@ -10,13 +10,15 @@ from tbf.system import cache_root
 
 @dataclass(frozen=True)
 class Options:
-    """`nvme`: the folder that ZeRO-Infinity would use. `build`: compile the host Adam for real."""
+    """`nvme`: the folder that ZeRO-Infinity would use. `build`: compile the host Adam for real. `data`: a prepared
+    folder, to be the same on every machine of the hostfile."""
 
     nvme: Path | None = None
     hostfile: Path | None = None
     build: bool = False
     kernels: bool = True
     port: int = 29500
+    data: Path | None = None
 
     @property
     def disk(self) -> Path:

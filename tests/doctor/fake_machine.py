@@ -24,9 +24,18 @@ def torch_of(*architectures: str, cuda: str | None = "12.6", cards: int = 1, ncc
     return Torch("2.14.1+cu126", cuda, architectures, cards, nccl)
 
 
-def host_answer(versions: dict[str, str] = VERSIONS, cards: int = 1, clock: float = 0.0) -> Answer:
+def host_answer(
+    versions: dict[str, str] = VERSIONS, cards: int = 1, clock: float = 0.0, data: dict[str, str] | None = None
+) -> Answer:
     """What `python -m tbf.doctor.versions` prints on another machine."""
-    return Answer(0, "a warning\n" + json.dumps({"versions": versions, "cards": cards, "time": time.time() + clock}))
+    found = {"versions": versions, "cards": cards, "time": time.time() + clock}
+    return Answer(0, "a warning\n" + json.dumps({**found, "data": data} if data else found))
+
+
+def link_answer(**changes: object) -> Answer:
+    """What `python -m tbf.doctor.link` prints: a network of 10 Gbit/s."""
+    found = {"card": "eth0", "route": "eth0", "bytes_per_s": 1.1e9, "latency_s": 5e-5, **changes}
+    return Answer(0, "a warning\n" + json.dumps(found))
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,17 @@ from tbf.doctor.finding import GREEN, RED, YELLOW, count, to_dict
 from tbf.doctor.machine import GIB, Answer, DiskSpeed, Memory, Operators
 from tbf.doctor.options import Options
 from tbf.errors import ConfigError, HardwareError
-from tests.doctor.fake_machine import CUDA_126, CUDA_130, P40, RTX, VERSIONS, FakeMachine, host_answer, torch_of
+from tests.doctor.fake_machine import (
+    CUDA_126,
+    CUDA_130,
+    P40,
+    RTX,
+    VERSIONS,
+    FakeMachine,
+    host_answer,
+    link_answer,
+    torch_of,
+)
 
 PLAIN = Options()
 NVME = Options(nvme=Path("/mnt/nvme"))
@@ -221,12 +232,29 @@ def hostfile(tmp_path: Path, text: str = "node1 slots=1\n# a comment\nnode2 slot
     return Options(hostfile=path)
 
 
+def answering(versions: Answer, link: Answer | None = None, host: str = "") -> Callable[[Sequence[str]], Answer]:
+    """Answers over ssh; `host` alone answers so, if it is named, and the others as if all were well."""
+
+    def answer(command):
+        if "ssh" not in command:
+            return Answer(0, "g++")
+        mine = host in ("", command[command.index("--") + 1])
+        if "tbf.doctor.link" in command[-1]:
+            return link if link and mine else link_answer()
+        return versions if mine else host_answer(cards=2)
+
+    return answer
+
+
 def test_machines_of_a_hostfile(tmp_path):
     options = hostfile(tmp_path)
-    machine = FakeMachine(answers=lambda command: host_answer(cards=2) if "ssh" in command else Answer(0, "g++"))
+    machine = FakeMachine(answers=answering(host_answer(cards=2)))
     assert not sick(machine, options)
     ssh = [command for command in machine.commands if command[0] == "ssh"]
-    assert [command[command.index("--") + 1] for command in ssh] == ["node1", "node2"]
+    assert [command[command.index("--") + 1] for command in ssh[:2]] == ["node1", "node2"]
+    assert sorted(command[-1].partition("tbf.doctor.link ")[2] for command in ssh[2:]) == [
+        "0 2 node1 29500", "1 2 node1 29500"
+    ]  # fmt: skip
     assert all("BatchMode=yes" in command and "ConnectTimeout=5" in command for command in ssh)
     machine.address, machine.synchronised, machine.programs = "127.0.1.1", False, ("g++", "ninja")
     assert set(sick(machine, options)) == {"own name", "clock", "pdsh"}
@@ -245,12 +273,65 @@ def test_machines_of_a_hostfile(tmp_path):
     ],
 )
 def test_a_machine_that_is_not_like_this_one(tmp_path, answer, status, words):
-    def answers(command):
-        if "ssh" not in command:
-            return Answer(0, "g++")
-        return answer if "node2" in command else host_answer()
+    machine = FakeMachine(answers=answering(answer, host="node2"))
+    expect(machine, "host", status, "node2", words, options=hostfile(tmp_path))
+    measured = any("tbf.doctor.link" in command[-1] for command in machine.commands)
+    assert measured == (status != RED)  # a machine that isn't fit would keep the others waiting
 
-    expect(FakeMachine(answers=answers), "host", status, "node2", words, options=hostfile(tmp_path))
+
+def test_the_network_between_machines(tmp_path):
+    machine = FakeMachine(answers=answering(host_answer(cards=2)))
+    seen = {finding.name: finding for finding in examine(machine, hostfile(tmp_path))}["network"]
+    assert seen.status == GREEN and "node1 by eth0, node2 by eth0: 8.80 Gbit/s each way" in seen.seen
+    assert "tbf plan --nodes 2 --network 8.8 --latency 0.05" in seen.seen
+
+
+@pytest.mark.parametrize(
+    ("host", "link", "status", "words"),
+    [
+        (
+            "node2",
+            link_answer(failed="port", why="timed out"),
+            RED,
+            "node2 cannot reach port 29500 of node1 (timed out)",
+        ),
+        ("node1", link_answer(failed="port", why="in use"), RED, "node1 cannot listen on port 29500 (in use)"),
+        ("node1", link_answer(failed="machines", why="1"), RED, "nothing came from node2 to port 29500 of node1"),
+        ("node2", link_answer(failed="card", card=None), RED, "GLOO_SOCKET_IFNAME=eth0"),
+        ("node2", link_answer(failed="ports", why="connectFullMesh"), RED, "open the ports above 1024"),
+        ("node2", Answer(1, "No module named tbf"), RED, "node2: No module named tbf"),
+        ("node2", link_answer(bytes_per_s=1.2e7), YELLOW, "0.10 Gbit/s each way"),
+        ("node2", link_answer(latency_s=0.02), YELLOW, "a message takes 20.00 ms"),
+        ("node2", link_answer(card="wlan0"), YELLOW, "the way from node2 leads over eth0"),
+    ],
+)
+def test_a_network_that_is_not_fit(tmp_path, host, link, status, words):
+    machine = FakeMachine(answers=answering(host_answer(cards=2), link, host))
+    expect(machine, "network", status, words, options=hostfile(tmp_path))
+
+
+def test_data_of_the_machines(tmp_path):
+    options = replace(hostfile(tmp_path), data=Path("/data/es"))
+    here = {"tokenizer": "aa", "text": "bb"}
+    machine = FakeMachine(answers=answering(host_answer(cards=2, data=here)))
+    seen = {finding.name: finding for finding in examine(machine, options)}["data"]
+    assert seen.status == GREEN and seen.seen == "the same on 2 machine(s): tokenizer aa, text bb"
+    assert all(
+        "tbf.doctor.versions /data/es" in command[-1] for command in machine.commands if "versions" in command[-1]
+    )
+
+    def answers(data):
+        def answer(command):
+            last = {"node1": here, "node2": data}.get(command[command.index("--") + 1] if "ssh" in command else "", {})
+            return link_answer() if "tbf.doctor.link" in command[-1] else host_answer(cards=2, data=last)
+
+        return answer
+
+    other = FakeMachine(answers=answers({**here, "text": "cc"}), programs=("ninja", "g++", "pdsh"))
+    found = sick(other, options)
+    assert found["data"][:2] == (RED, "node2 has another text (cc) than node1 (bb)")
+    found = sick(FakeMachine(answers=answers({"error": "index.json is missing"})), options)
+    assert found["data"][:2] == (RED, "node2: index.json is missing")
 
 
 def test_this_machine_needs_no_ssh(tmp_path):
