@@ -35,6 +35,7 @@ def register(verbs: Any) -> None:
     add("--host-ram", type=float, metavar="GB", help="memory of each node (default: 128; cpu and auto: this machine's)")
     add("--disk", type=float, metavar="GB", help="free space for checkpoints and data (default: not judged)")
     add("--network", type=float, default=10.0, metavar="GBIT", help="between nodes, per second (default: 10)")
+    add("--latency", type=float, default=0.1, metavar="MS", help="of a message between nodes (default: 0.1)")
     add("--micro-batch", type=int, metavar="N", help="rows per rank and micro-step")
     add("--seq-len", type=int, metavar="N", help="tokens a row")
     add("--tokens", type=float, metavar="N", help="also say how long a training on N tokens takes")
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     machine = choose_machine(
         arguments.gpu, gpus=arguments.gpus, nodes=arguments.nodes, host_gb=arguments.host_ram, disk_gb=arguments.disk,
-        network_gbit=arguments.network,
+        network_gbit=arguments.network, latency_ms=arguments.latency,
     )  # fmt: skip
     flags = {"train.micro_batch_size": arguments.micro_batch, "data.seq_len": arguments.seq_len}
     overrides = [*arguments.overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None)]

@@ -20,6 +20,7 @@ def choose_machine(
     host_gb: float | None = None,
     disk_gb: float | None = None,
     network_gbit: float = 10.0,
+    latency_ms: float = 0.1,
     threads: int | None = None,
 ) -> Machine:
     """The machine that the options of `tbf plan` describe; `auto` looks at this one.
@@ -27,16 +28,19 @@ def choose_machine(
     Raises ConfigError for an unknown card or counts below one, HardwareError when `auto` finds a card that the table
     doesn't know.
     """
-    for name, value in (("--gpus", gpus), ("--nodes", nodes), ("--host-ram", host_gb)):
+    for name, value in (("--gpus", gpus), ("--nodes", nodes), ("--host-ram", host_gb), ("--network", network_gbit)):
         if value is not None and value <= 0:
             raise ConfigError(f"{name} is {value}; it must be above 0")
+    if latency_ms < 0:
+        raise ConfigError(f"--latency is {latency_ms}; give milliseconds, e.g. 0.1")
     device, found = detect_device() if gpu == "auto" else (find_device(gpu), 1)
     gpus = gpus or found
     here = gpu == "auto" or not device.on_cuda
     host = host_gb * 1e9 if host_gb else (float(psutil.virtual_memory().total) if here else 128e9)
     if threads is None:
         threads = max(1, usable_cores() // gpus)
-    return Machine(device, gpus, nodes, host, disk_gb * 1e9 if disk_gb else None, network_gbit * GIGABIT, threads)
+    disk = disk_gb * 1e9 if disk_gb else None
+    return Machine(device, gpus, nodes, host, disk, network_gbit * GIGABIT, latency_ms / 1e3, threads)
 
 
 def detect_device() -> tuple[Device, int]:

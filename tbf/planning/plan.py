@@ -20,7 +20,7 @@ from tbf.ops.ternary_probe import default_plan
 from tbf.planning.activations import Activations, activations, replay
 from tbf.planning.engine_state import FLOAT, Engine, Item, ModelFacts, Reduction, engine_items, model_facts, reduction
 from tbf.planning.estimate import estimate_pieces
-from tbf.planning.timing import StepTime, step_time
+from tbf.planning.timing import ETHERNET_SHARE, StepTime, step_time
 from tbf.planning.traffic import Traffic, step_traffic
 from tbf.planning.visits import PieceTracer, Shape
 
@@ -49,7 +49,9 @@ class Machine:
     disk: float | None = None
     """Free bytes for checkpoints and data; None: not known."""
     network: float = 10 * GIGABIT
-    """Bytes per second between nodes."""
+    """Bytes per second between nodes, nominal."""
+    latency: float = 1e-4
+    """Seconds that a message takes between nodes."""
     threads: int = 1
     """Of each rank; matters on the CPU only."""
 
@@ -180,7 +182,7 @@ class Planner:
         traffic = step_traffic(facts, engine, machine.ranks, loops, pass_.host, machine.device.on_cuda)
         seconds = step_time(
             pass_, facts, engine, traffic, device=machine.device, rates=self.rates, ranks=machine.ranks,
-            local_ranks=machine.gpus, network_bandwidth=self._network(),
+            local_ranks=machine.gpus, network=self._network(),
         )  # fmt: skip
         per_parameter = CHECKPOINT_STATE + (CHECKPOINT_WEIGHTS if engine.stage < 3 else 0)
         checkpoint = per_parameter * facts.total
@@ -218,11 +220,12 @@ class Planner:
     def _reduction(self, run: RunConfig, engine: Engine) -> Reduction:
         return reduction(self._items(run, engine), engine)
 
-    def _network(self) -> float:
-        """Between nodes the network decides; between the cards of one, PCIe, over which both directions share."""
+    def _network(self) -> tuple[float, float]:
+        """Bytes per second and latency. Between nodes the network decides; between the cards of one, PCIe, over which
+        both directions share."""
         if self.machine.nodes > 1:
-            return self.machine.network
-        return self.machine.device.pcie / 2 if self.machine.device.on_cuda else self.rates.adam / 4
+            return self.machine.network * ETHERNET_SHARE, self.machine.latency
+        return (self.machine.device.pcie / 2 if self.machine.device.on_cuda else self.rates.adam / 4), 0.0
 
     def _activations(
         self,

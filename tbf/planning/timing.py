@@ -23,6 +23,8 @@ TERNARISE_BYTES = 12
 HOST_BANDWIDTH = 60e9
 """Of a host whose memory can't be measured from here: two sockets of four DDR4-2400 channels, as copies reach it."""
 NVME_BANDWIDTH = 2e9
+ETHERNET_SHARE = 1448 / 1538
+"""Of a full frame what TCP carries: MTU 1500, less headers, checksum, preamble and gap."""
 _FUNCTIONS = {
     "exp", "exp_", "erf", "tanh", "sigmoid", "silu", "silu_backward", "gelu", "gelu_backward", "log", "softplus",
     "softplus_backward", "pow", "_softmax", "_log_softmax", "rsqrt", "sqrt", "_softmax_backward_data",
@@ -59,9 +61,10 @@ def step_time(
     rates: CpuRates | None,
     ranks: int,
     local_ranks: int,
-    network_bandwidth: float,
+    network: tuple[float, float],
 ) -> StepTime:
-    """`rates`: of the processor that trains, for one of its ranks; None on a card."""
+    """`rates`: of the processor that trains, for one of its ranks; None on a card. `network`: bytes per second between
+    ranks, and seconds that a message takes. Nothing is taken to overlap: a looped layer's gradients come last."""
     fp32 = int8 = memory = launches = 0.0
     for work in (activations.forward, activations.backward):
         parts = cpu_seconds(work, rates) if rates else card_seconds(work, device)
@@ -83,7 +86,7 @@ def step_time(
         launches * micro,
         max(traffic.to_host, traffic.to_device) / (device.pcie * PCIE_SHARE) if device.on_cuda else 0.0,
         optimizer,
-        traffic.network / network_bandwidth if ranks > 1 else 0.0,
+        traffic.network / network[0] + traffic.hops * network[1] if ranks > 1 else 0.0,
         traffic.nvme / NVME_BANDWIDTH,
     )
 
