@@ -1,9 +1,10 @@
 """Embeddings a second on the CPU: packed ternary exports beside FP32, BERT in FP32 and bf16, and ONNX Runtime's int8.
 
-    python benchmarks/inference.py [--quick] [--rounds 5] [--models mini slice]
+    python benchmarks/inference.py [--quick] [--rounds 5] [--models mini slice] [--compiled]
 
 `mini` visits its 6 layers twice; `slice` is two layers of frankenstein_2048, visited twice. Both are exported in the
-packed format and loaded from it. Beside them: the same model with plain FP32 projections, Hugging Face's BERT of the
+packed format and loaded from it, as it is and `fast`. Beside them: the same model with plain FP32 projections (with
+`--compiled` also through torch.compile, which takes a minute for each shape), Hugging Face's BERT of the
 same width and as many layers as ours has visits (FFN four times as wide, as BERT's is), in FP32 and bf16, and that BERT
 in ONNX Runtime, in FP32 and with dynamic int8 (needs `pip install 'tbf[bench]'`; left out where that is missing).
 Weights are random: times do not depend on them. Batches of 32 rows of 128 tokens, and single sentences of 24; all take
@@ -45,6 +46,7 @@ from tbf.export.weights import write_weights  # noqa: E402
 from tbf.model.bitlinear import BitLinear  # noqa: E402
 from tbf.model.config import UltraConfig  # noqa: E402
 from tbf.model.encoder import TormentedBertFrankenstein  # noqa: E402
+from tbf.model.outputs import EncoderOutput  # noqa: E402
 from tbf.ops.ternary_probe import default_plan  # noqa: E402
 from tbf.system import processor_name  # noqa: E402
 
@@ -57,18 +59,21 @@ MODELS = {
 }
 """Preset and changes."""
 SHAPES = {"batch of 32 x 128": (32, 128), "single, 24 tokens": (1, 24)}
-OURS, PLAIN, ONNX_INT8 = "tbf packed ternary", "tbf plain FP32", "BERT ONNX int8"
+FAST, OURS, ONNX_INT8 = "tbf packed, fast", "tbf packed ternary", "BERT ONNX int8"
+PLAIN, COMPILED = "tbf plain FP32", "tbf FP32, compiled"
 ENOUGH = 0.3
 """Seconds that a measurement takes at least."""
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
-def build(name: str) -> dict[str, Embed]:
+def build(name: str, compiled: bool) -> dict[str, Embed]:
     """Everything that is compared for one model: name -> ids [B, T] to vectors [B, D]."""
     preset, changes = MODELS[name]
     config = load_run_config(preset, changes).model
-    found = {OURS: packed(config), PLAIN: plain(config)}
+    found = {FAST: packed(config, fast=True), OURS: packed(config), PLAIN: embedder(plain(config))}
+    if compiled:
+        found[COMPILED] = embedder(torch.compile(plain(config), dynamic=False))
     visits = config.num_layers * config.num_loops
     model = bert(config, visits)
     found["BERT FP32"] = lambda ids: model(input_ids=ids).last_hidden_state.mean(1)
@@ -81,7 +86,11 @@ def build(name: str) -> dict[str, Embed]:
     return found
 
 
-def packed(config: UltraConfig) -> Embed:
+def embedder(model: Callable[..., EncoderOutput]) -> Embed:
+    return lambda ids: model(ids, attention_mask=torch.ones_like(ids)).pooler_output
+
+
+def packed(config: UltraConfig, *, fast: bool = False) -> Embed:
     """The model as `load_pretrained` gives it from a ternary export."""
     torch.manual_seed(0)
     made = TormentedBertFrankenstein(config)
@@ -89,18 +98,18 @@ def packed(config: UltraConfig) -> Embed:
     with tempfile.TemporaryDirectory() as folder:
         write_weights(Path(folder), packed_tensors(tensors, packed_slices(made)), "ternary")
         config.save(Path(folder) / "config.json")
-        model, _ = load_pretrained(folder)
-    return lambda ids: model(ids, attention_mask=torch.ones_like(ids)).pooler_output
+        model, _ = load_pretrained(folder, fast=fast)
+    return embedder(model)
 
 
-def plain(config: UltraConfig) -> Embed:
+def plain(config: UltraConfig) -> TormentedBertFrankenstein:
     """The same model with its weights as they are, in FP32."""
     torch.manual_seed(0)
     model = TormentedBertFrankenstein(config).eval()
     for layer in model.modules():
         if isinstance(layer, BitLinear):
             layer.ternary = False
-    return lambda ids: model(ids, attention_mask=torch.ones_like(ids)).pooler_output
+    return model
 
 
 def bert(config: UltraConfig, layers: int) -> torch.nn.Module:
@@ -179,8 +188,10 @@ def product_share(embed: Embed, ids: torch.Tensor, clock: Callable[[], float]) -
         packed_layers.ternary_inference = multiply
 
 
-def measure(name: str, rounds: int, clock: Callable[[], float]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    candidates = build(name)
+def measure(
+    name: str, rounds: int, clock: Callable[[], float], compiled: bool
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    candidates = build(name, compiled)
     generator = torch.Generator().manual_seed(0)
     rows, figures = [], {}
     print(f"\n{name}, embeddings a second")
@@ -193,17 +204,18 @@ def measure(name: str, rounds: int, clock: Callable[[], float]) -> tuple[list[di
                 if round_:
                     times[candidate].append(taken)
         rate = {candidate: batch / median(values) for candidate, values in times.items()}
-        print(f"  {shape:24}{'a second':>10}{'packed ternary is':>20}")
+        print(f"  {shape:24}{'a second':>10}{'fast packed is':>20}")
         for candidate, value in rate.items():
-            print(f"  {candidate:24}{value:10.1f}{rate[OURS] / value:19.2f}x")
+            print(f"  {candidate:24}{value:10.1f}{rate[FAST] / value:19.2f}x")
         figures[f"product_share@{name}@{batch}x{tokens}"] = share = product_share(candidates[OURS], ids, clock)
         print(f"  of packed ternary's time, {share:.0%} are integer products and quantising")
         rows.append({"model": name, "shape": shape, "embeddings_per_s": rate, "seconds": times})
         suffix = name if batch > 1 else f"{name}@single"
-        figures[f"ternary_vs_fp32@{suffix}"] = rate[OURS] / rate[PLAIN]
-        for other, key in (("BERT FP32", "bert_fp32"), ("BERT bf16", "bert_bf16"), (ONNX_INT8, "onnx_int8")):
+        others = {PLAIN: "fp32", COMPILED: "compiled", "BERT FP32": "bert_fp32", "BERT bf16": "bert_bf16"}
+        for other, key in (others | {ONNX_INT8: "onnx_int8"}).items():
             if other in rate:
                 figures[f"ternary_vs_{key}@{suffix}"] = rate[OURS] / rate[other]
+                figures[f"fast_vs_{key}@{suffix}"] = rate[FAST] / rate[other]
     return rows, figures
 
 
@@ -212,6 +224,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="mini only, two rounds")
+    parser.add_argument("--compiled", action="store_true", help="also FP32 through torch.compile: minutes more")
     parser.add_argument("--cpu-time", action="store_true", help="processor seconds of one thread")
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
@@ -221,7 +234,7 @@ def main() -> None:
     rows, figures = [], {}
     with torch.inference_mode():
         for name in ["mini"] if arguments.quick else arguments.models:
-            more, found = measure(name, 2 if arguments.quick else arguments.rounds, clock)
+            more, found = measure(name, 2 if arguments.quick else arguments.rounds, clock, arguments.compiled)
             rows += more
             figures |= found
             gc.collect()

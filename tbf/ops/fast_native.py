@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tbf.errors import HardwareError
 from tbf.ops.ternary_build import BuildError, build, cache_folder
-from tbf.ops.ternary_native import PANEL, native_tools
+from tbf.ops.ternary_native import PANEL
 
 SOURCES = (
     *("fast_encoder.cpp", "fast_gemm.h", "fast_memory.h", "fast_mixers.h", "fast_math.h", "fast_model.h"),
@@ -86,19 +86,12 @@ def fast_library() -> tuple[ctypes.CDLL, bool]:
     try:
         library = ctypes.CDLL(str(build(cache_folder(), SOURCES)))
     except (BuildError, OSError) as error:
-        raise HardwareError(
-            f"the fast encoder can't be built: {error}; install g++, set CXX, or go without it"
-        ) from None
-    library.tbf_fast_sizes.restype, library.tbf_fast_sizes.argtypes = _L, [_L]
-    library.tbf_fast_encode.restype = _I
+        raise HardwareError(f"the fast encoder: {error}; install g++, set CXX, or go without it") from None
+    library.tbf_fast_encode.restype = None
     library.tbf_fast_encode.argtypes = [_P, _L, _P, _P, _L, _L, _I, _P, _I]
     if not library.tbf_fast_serves(0):
         raise HardwareError("the fast encoder needs a processor with AVX512-VNNI, which this one lacks; go without it")
-    sizes = [ctypes.sizeof(each) for each in (Linear, Norm, Layer, Model)]
-    if sizes != [library.tbf_fast_sizes(i) for i in range(len(sizes))]:
-        raise HardwareError("the fast encoder's library is of another version; empty tbf's cache folder")
-    tools = native_tools()
-    return library, bool(library.tbf_fast_serves(1) and tools is not None and tools.has_amx)
+    return library, bool(library.tbf_fast_serves(1))
 
 
 def pack_quads(values: Tensor) -> Tensor:

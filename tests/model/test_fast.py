@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 
 import pytest
 import torch
@@ -67,6 +68,14 @@ def test_hidden_states_agree(case, lively):
     assert difference.quantile(0.5) < 5e-6
     assert difference.max() < 0.05
     assert (found[~real] == 0).all()
+
+
+@needs_fast
+def test_python_and_cpp_lay_out_a_model_alike():
+    library, _ = fast_native.fast_library()
+    library.tbf_fast_sizes.restype = ctypes.c_int64
+    mirrored = (fast_native.Linear, fast_native.Norm, fast_native.Layer, fast_native.Model)
+    assert [ctypes.sizeof(each) for each in mirrored] == [library.tbf_fast_sizes(i) for i in range(4)]
 
 
 @pytest.mark.parametrize(("rows", "inner"), [(1, 1), (16, 16), (17, 63), (50, 130)])
