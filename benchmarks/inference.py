@@ -209,6 +209,9 @@ def measure(
             print(f"  {candidate:24}{value:10.1f}{rate[FAST] / value:19.2f}x")
         figures[f"product_share@{name}@{batch}x{tokens}"] = share = product_share(candidates[OURS], ids, clock)
         print(f"  of packed ternary's time, {share:.0%} are integer products and quantising")
+        both = [candidates[each](ids) for each in (FAST, OURS)]
+        figures[f"fast_cosine@{name}@{batch}x{tokens}"] = cosine = torch.cosine_similarity(*both).min().item()
+        print(f"  vectors of the fast one and the other have cosines of at least {cosine:.6f}")
         rows.append({"model": name, "shape": shape, "embeddings_per_s": rate, "seconds": times})
         suffix = name if batch > 1 else f"{name}@single"
         others = {PLAIN: "fp32", COMPILED: "compiled", "BERT FP32": "bert_fp32", "BERT bf16": "bert_bf16"}

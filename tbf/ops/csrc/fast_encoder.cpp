@@ -70,14 +70,13 @@ void linear(const Linear& w, Group& g, Fill&& fill, float* out) {
   Slice slices[kMaxSlices];
   for (int64_t s = 0, first = 0; s < w.slices; first += w.widths[s++])
     slices[s] = {w.quads[s], {1, totals, nullptr, scales, w.scales[s], out + first, w.outer, w.widths[s], false}};
-  const auto unpacked = [](int64_t bytes) { return scratch().panels.get<uint8_t>(bytes); };
 #if TBF_AMX
   if (g.amx) {
     int8_t* strips = g.strips.get<int8_t>(ceil_div(g.rows, 32) * ceil_div(w.inner, kDeep) * kStripBytes);
-    return gemm_quads_amx(quantised, g.rows, ld, w.inner, slices, w.slices, strips, unpacked, g.threads);
+    return gemm_quads_amx(quantised, g.rows, ld, w.inner, slices, w.slices, strips, g.threads);
   }
 #endif
-  gemm_quads(quantised, g.rows, ld, w.inner, slices, w.slices, unpacked, g.threads);
+  gemm_quads(quantised, g.rows, ld, w.inner, slices, w.slices, g.threads);
 }
 
 inline void apply_norm(const Norm& norm, int64_t loop, const float* x, int64_t size, float* to) {

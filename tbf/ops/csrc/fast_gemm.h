@@ -45,14 +45,13 @@ void multiply_panels(const int8_t* left, int64_t rows, int64_t ld, const uint8_t
   }
 }
 
-// left int8 [rows, ld] times the slices; `unpacked` gives a thread memory for three panels.
-template <class Memory>
-void gemm_quads(const int8_t* left, int64_t rows, int64_t ld, int64_t inner, const Slice* slices, int64_t count,
-                Memory&& unpacked, int threads) {
+// left int8 [rows, ld] times the slices.
+inline void gemm_quads(const int8_t* left, int64_t rows, int64_t ld, int64_t inner, const Slice* slices, int64_t count,
+                       int threads) {
   const int64_t groups = ceil_div(inner, 4), quads = quads_of(inner), stride = quads * 4 * kRowBytes;
 #pragma omp parallel num_threads(threads)
   {
-    uint8_t* panels = unpacked(kWide * stride);
+    uint8_t* panels = scratch().panels.get<uint8_t>(kWide * stride);
     for (int64_t s = 0; s < count; ++s) {
       const Epilogue& e = slices[s].epilogue;
       const int64_t all_panels = ceil_div(e.cols, kPanel);
@@ -77,17 +76,40 @@ void gemm_quads(const int8_t* left, int64_t rows, int64_t ld, int64_t inner, con
 }
 
 #if TBF_AMX
+constexpr int64_t kDeepBlock = 16;   // tiles of two panels that fit in the first-level cache
+constexpr int64_t kStripBlock = 16;  // strips whose sums wait for the next block
+
+// The sums of a strip and two panels, scaled, to rows m0.. and columns n0.. of the output.
+inline void scale_strip(const int32_t* sums, int64_t m0, int64_t rows, int64_t n0, const Epilogue& e) {
+  const __m512 scale = all(e.scale);
+  const int64_t left = e.cols - n0, ldo = e.ldo;
+  const __mmask16 first = lanes(left), second = left > kPanel ? lanes(left - kPanel) : 0;
+  const int32_t* totals = e.sum + m0;  // the zero point is 1
+  const float* row_scale = e.row_scale + m0;
+  float* out = e.out + m0 * ldo + n0;
+  for (int64_t i = 0; i < std::min<int64_t>(32, rows - m0); ++i, out += ldo) {
+    const int32_t* from = sums + i / 16 * 512 + i % 16 * 16;
+    const __m512i total = _mm512_set1_epi32(totals[i]);
+    const __m512 by = all(row_scale[i]);
+    const auto value = [&](const int32_t* at) {
+      const __m512 product = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(at), total));
+      return _mm512_mul_ps(_mm512_mul_ps(product, by), scale);
+    };
+    store(out, value(from), first);
+    if (second) store(out + kPanel, value(from + 256), second);
+  }
+}
+
 // The same in AMX tiles; `strips` has room for the left operand, [strips][K / 64] tiles of it.
-template <class Memory>
-void gemm_quads_amx(const int8_t* left, int64_t rows, int64_t ld, int64_t inner, const Slice* slices, int64_t count,
-                    int8_t* strips, Memory&& unpacked, int threads) {
-  const int64_t quads = quads_of(inner), depth = ceil_div(inner, kDeep), stride = depth * kTileBytes;
-  const int64_t all_strips = ceil_div(rows, 32);
+inline void gemm_quads_amx(const int8_t* left, int64_t rows, int64_t ld, int64_t inner, const Slice* slices,
+                           int64_t count, int8_t* strips, int threads) {
+  const int64_t quads = quads_of(inner), depth = ceil_div(inner, kDeep), all_strips = ceil_div(rows, 32);
 #pragma omp parallel num_threads(threads)
   {
     const TileConfig config;
-    alignas(64) int32_t sums[1024];
-    uint8_t* panels = unpacked(2 * stride);
+    constexpr int64_t kPanelBytes = kDeepBlock * kTileBytes;
+    uint8_t* panels = scratch().panels.get<uint8_t>(2 * kPanelBytes + kStripBlock * 1024 * 4);
+    int32_t* sums = reinterpret_cast<int32_t*>(panels + 2 * kPanelBytes);
 #pragma omp for schedule(static)
     for (int64_t s = 0; s < all_strips; ++s)
       pack_strip<false>(left, nullptr, false, rows, ld, inner, s, strips + s * depth * kStripBytes);
@@ -99,13 +121,19 @@ void gemm_quads_amx(const int8_t* left, int64_t rows, int64_t ld, int64_t inner,
 #pragma omp for schedule(static) nowait
       for (int64_t p = 0; p < all_panels; p += 2) {
         const int64_t here = std::min<int64_t>(2, all_panels - p);
-        for (int64_t i = 0; i < here; ++i)
-          unpack_panel(slices[s].quads + (p + i) * quads * kRowBytes, quads, panels + i * stride);
-        memory_barrier();
-        for (int64_t strip = 0; strip < all_strips; ++strip) {
-          multiply_strip(strips + strip * depth * kStripBytes, panels, panels + (here - 1) * stride, depth, false,
-                         sums);
-          finish_strip<false>(sums, strip * 32, rows, p * kPanel, e);
+        for (int64_t first = 0; first < all_strips; first += kStripBlock) {
+          const int64_t end = std::min(all_strips, first + kStripBlock);
+          for (int64_t d = 0; d < depth; d += kDeepBlock) {
+            const int64_t deep = std::min(kDeepBlock, depth - d), of_block = std::min(deep * 4, quads - d * 4);
+            for (int64_t i = 0; i < here; ++i)
+              unpack_panel(slices[s].quads + ((p + i) * quads + d * 4) * kRowBytes, of_block, panels + i * kPanelBytes);
+            memory_barrier();
+            for (int64_t strip = first; strip < end; ++strip)
+              multiply_strip(strips + (strip * depth + d) * kStripBytes, panels, panels + (here - 1) * kPanelBytes,
+                             deep, d > 0, sums + (strip - first) * 1024);
+          }
+          for (int64_t strip = first; strip < end; ++strip)
+            scale_strip(sums + (strip - first) * 1024, strip * 32, rows, p * kPanel, e);
         }
       }
     }

@@ -117,6 +117,15 @@ class Buffer {
   int64_t bytes_ = 0;
 };
 
+struct Scratch {  // of one thread
+  Buffer query, key, scores, other, factors, state, states, values, work, row, panels;
+};
+
+inline Scratch& scratch() {
+  static thread_local Scratch mine;
+  return mine;
+}
+
 struct Matrix {  // rows and columns may lie any distance apart, and run backwards
   const float* at;
   int64_t row, column;

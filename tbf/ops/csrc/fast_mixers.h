@@ -16,15 +16,6 @@ constexpr int64_t kBlock = 48;  // queries that are scored together
 constexpr int64_t kChunk = 64;  // tokens between which a scan passes its state on
 constexpr float kStrongest = -32.0f;
 
-struct Scratch {  // of one thread
-  Buffer query, key, scores, other, factors, state, states, values, work, row, panels;
-};
-
-inline Scratch& scratch() {
-  static thread_local Scratch mine;
-  return mine;
-}
-
 // to[c] = RMS(from)[c] * gain[c] * factor, c < width; gain may be null, and then nothing is normed.
 inline void normed(const float* from, int64_t width, const float* gain, float eps, float factor, float* to) {
   const __m512 by = all(gain ? inverse_rms(from, width, eps) * factor : factor);
