@@ -154,16 +154,16 @@ def _zero12(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> lis
         return Item(name, "host", _pinned(size) if pinned else size, when)
 
     bucket = _bucket(model, engine, on_cuda)
-    once = model.total <= engine.reduce_bucket  # all gradients wait in the bucket until the activations are gone
-    at_the_end = once and not on_cuda  # host pages are taken as gradients come in
-    filled = "reduce" if at_the_end else "pass" if on_cuda or engine.stage == 1 else "handed"
-    items = [Item("weights", "device", whole), Item(_REDUCTION_BUCKET, "device", bucket, filled)]
+    once = engine.stage == 1 or model.total <= engine.reduce_bucket  # all is reduced when the activations are gone
+    items = [Item("weights", "device", whole)]
+    if on_cuda or engine.stage == 2:  # host memory is taken as gradients come in, under ZeRO-1 after the pass
+        items.append(Item(_REDUCTION_BUCKET, "device", bucket, "pass" if on_cuda else "handed"))
+    if once:
+        items.append(Item(_REDUCTION_BUCKET, "device", bucket, "reduce"))
     if engine.stage == 1:
         # Gradients stay in the parameters until the last micro-batch. With one, the pass itself counts them.
-        name = "gradients of the whole model"
-        items.append(Item(name, "device", whole, "pass" if engine.accumulation > 1 else "reduce"))
-        if not at_the_end:
-            items.append(Item(_REDUCTION_BUCKET, "device", bucket, "reduce"))
+        moments = ("pass", "reduce") if engine.accumulation > 1 else ("reduce",)
+        items += [Item("gradients of the whole model", "device", whole, when) for when in moments]
     if offload:
         largest = FLOAT * model.largest
         items += [
@@ -174,7 +174,7 @@ def _zero12(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> lis
             host("Adam moments", share),
             host("staging of the largest gradient", largest),
             Item("staging of the largest gradient", "device", largest),
-            Item(_NORM, "device", 2 * largest, "reduce" if once or engine.stage == 1 else "handed"),
+            Item(_NORM, "device", 2 * largest, "reduce" if once else "handed"),
         ]
         if engine.stage == 2 and engine.accumulation > 1:
             pieces = [FLOAT * size // ranks for size in model.sizes]

@@ -174,7 +174,7 @@ def _largest(plan: MemoryPlan, count: int = 3) -> str:
     """The largest parts of a rank's plan."""
     parts: dict[str, int] = {}
     for item in plan.items:
-        if item.when != "start":
+        if item.when not in ("start", "handed"):
             parts[item.name] = parts.get(item.name, 0) + item.bytes
     pass_ = plan.activations
     parts[f"activations, most at {pass_.peak_at}"] = pass_.peak - pass_.waiting_gradients - pass_.handed
