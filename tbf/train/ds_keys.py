@@ -66,6 +66,8 @@ ZERO_REFUSED = {
     "leaf_module": "experts are stacked in one parameter, so no module needs to be a leaf",
     "save_muon_momentum_buffer_in_memory": "tbf trains with AdamW",
 }
+PIPELINE_BUFFERS = 12
+"""Of a sub-group's size: weights, gradients and two moments of those that are read, updated and written."""
 CHECKPOINTING_REFUSED = {
     "partition_activations": "it needs model parallelism, which tbf has not",
     "contiguous_memory_optimization": "it needs model parallelism, which tbf has not",
@@ -126,6 +128,12 @@ def _check_offload(block: Mapping[str, Any], name: str, stage: int, where: str) 
         raise ConfigError(f"{where}: {name}.device nvme needs ZeRO stage 3, not {stage}; see p40_zero3_nvme.json")
     if device == "nvme" and not block.get("nvme_path"):
         raise ConfigError(f"{where}: {name}.device is nvme without nvme_path; name a folder on the NVMe disk")
+    piped = name.endswith("offload_optimizer") and (block.get("pipeline_read") or block.get("pipeline_write"))
+    if device == "nvme" and piped and block.get("buffer_count", 4) < PIPELINE_BUFFERS:
+        raise ConfigError(
+            f"{where}: {name}.buffer_count is {block.get('buffer_count', 4)}, with which pipelining dies in the first "
+            f"step of a model of several sub-groups; set it to {PIPELINE_BUFFERS}, or both pipeline_* to false"
+        )
     for key, reason in (
         ("super_offload", "it is made for cards that share memory with the host"),
         ("cpuadam_cores_perc", "it belongs to super_offload"),

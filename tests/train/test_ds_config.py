@@ -87,6 +87,15 @@ def test_two_explicit_values_that_differ_are_refused(resolve):
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, "choose none, cpu or nvme"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "needs ZeRO stage 3, not 2"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "without nvme_path"),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "nvme", "nvme_path": "/mnt", "pipeline_read": True},
+                }
+            },
+            "buffer_count is 4, with which",
+        ),
     ],
 )
 def test_wrong_configs_are_one_line_errors(resolve, content, words):
