@@ -121,3 +121,8 @@ def reset_peak() -> int:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def busy() -> bool:
+    """Whether other programs want more than this machine's cores, so that a time measured now says little."""
+    return os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tbf.ops.ternary_backends import get_backend, prepare_weight
 from tbf.ops.ternary_build import cache_folder, source_hash
 from tbf.ops.ternary_probe import default_plan
-from tbf.system import processor
+from tbf.system import busy, processor
 
 _VERSION = 5
 _ELEMENTS = 1 << 18  # of a tensor that is moved
@@ -56,7 +56,8 @@ class CpuRates:
 
 
 def cpu_rates(threads: int, *, refresh: bool = False) -> CpuRates:
-    """The rates of this processor with so many threads: from disk, or measured in about two seconds."""
+    """The rates of this processor with so many threads: from disk, or measured in about two seconds, and kept there
+    unless other programs were in the way."""
     parts = [processor(), torch.__version__, threads, source_hash(), _VERSION]
     path = cache_folder() / f"cpu-rates-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
     if not refresh:
@@ -70,6 +71,8 @@ def cpu_rates(threads: int, *, refresh: bool = False) -> CpuRates:
         rates = _measure(threads)
     finally:
         torch.set_num_threads(before)
+    if busy():
+        return rates  # good enough for now, but not to be kept
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         aside.write_text(json.dumps(asdict(rates)), encoding="utf-8")

@@ -53,6 +53,11 @@ def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
         return CpuRates(threads, *[1e9] * 10, 1e-6)
 
     monkeypatch.setattr(module, "_measure", measure)
+    monkeypatch.setattr(module, "busy", lambda: True)
+    cpu_rates(1)
+    assert list(tmp_path.iterdir()) == []
+    calls.clear()
+    monkeypatch.setattr(module, "busy", lambda: False)
     first = cpu_rates(1)
     assert cpu_rates(1) == first and calls == [1]
     (path,) = tmp_path.iterdir()
