@@ -73,6 +73,7 @@ def build(name: str, compiled: bool) -> dict[str, Embed]:
     config = load_run_config(preset, changes).model
     found = {FAST: packed(config, fast=True), OURS: packed(config), PLAIN: embedder(plain(config))}
     if compiled:
+        torch._dynamo.config.recompile_limit = 64  # a graph for each layer and loop, as the model isn't traced whole
         found[COMPILED] = embedder(torch.compile(plain(config), dynamic=False))
     visits = config.num_layers * config.num_loops
     model = bert(config, visits)
