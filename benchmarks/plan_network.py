@@ -29,7 +29,7 @@ SHAPE = {
     "data.seq_len": 128,
     "data.vocab_size": 2000,
 }
-STEPS, WARM_UP = 8, 2
+STEPS, WARM_UP = 6, 1
 HOSTS = 2
 
 

@@ -37,12 +37,17 @@ def supervise(program: Sequence[str], run_dir: Path, restarts: int, pause_s: flo
     failed_at: int | None = None
     for attempt in range(restarts + 1):
         before = _outcome(run_dir)
-        code = _run(program)
+        code, signalled = _run(program)
         state, reason, _ = now = _outcome(run_dir)
         if now == before and code not in (0, *_FINAL):  # e.g. a machine that cannot be reached: may pass
             state, reason = "never started", "the launcher's own output says why"
         if state in ("done", "stopped") or code in _FINAL:
             return code
+        if signalled:  # pdsh may end the ranks before they say "stopped"
+            _say(
+                f"stopped by {signal.Signals(signalled).name} ({state}); its checkpoints are kept, nothing is restarted"
+            )
+            return 128 + signalled
         step = last_step(run_dir)
         what = f"the run failed at step {step} (exit code {code}, {state}{': ' if reason else ''}{reason})"
         if step == failed_at and state != "never started":
@@ -77,8 +82,11 @@ def supervised_command(arguments: Sequence[str], launcher: str) -> list[str]:
     return [*words, program, *kept]
 
 
-def _run(program: Sequence[str]) -> int:
-    """Runs the command in a process group of its own, passes signals on, and leaves no process of it behind."""
+def _run(program: Sequence[str]) -> tuple[int, int]:
+    """Runs the command in a process group of its own, passes signals on, and leaves no process of it behind.
+
+    Returns its exit code and the first signal that was to end it, 0 for none.
+    """
     # pdsh's ssh would wait for ever for a machine that lost its power or its network.
     env = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=10 -o ServerAliveCountMax=3", **os.environ}
     child = subprocess.Popen(program, start_new_session=True, env=env)
@@ -96,7 +104,7 @@ def _run(program: Sequence[str]) -> int:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-    return 128 - code if code < 0 else code
+    return (128 - code if code < 0 else code), (received[0] if received else 0)
 
 
 def _end_group(group: int, patience: float) -> None:
