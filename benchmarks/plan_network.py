@@ -47,7 +47,7 @@ def planned(delay: float, rate: float) -> Any:
     run = run.replace(model={"vocab_size": run.data.wanted_vocab_size})
     machine = choose_machine("cpu", gpus=1, nodes=HOSTS, threads=1, network_gbit=rate / 1e9, latency_ms=delay * 1e3)
     planner = Planner(machine)
-    planner.rates = shared(cpu_rates(HOSTS), HOSTS)
+    planner.rates = shared(cpu_rates(HOSTS, refresh=True), HOSTS)  # of this hour: other programs may have run before
     engine = Engine.from_config(config.config, config.checkpointing.granularity, config.checkpointing.on_host)
     return planner.plan(run, engine).time
 
