@@ -90,12 +90,12 @@ def test_no_process_of_a_failed_start_is_left(tmp_path, monkeypatch):
     )
 
 
-def test_a_signal_reaches_the_whole_family(tmp_path):
+def test_a_signal_reaches_the_whole_family_and_nothing_is_started_again(tmp_path):
     program = f"""
 import sys
 from pathlib import Path
 from tbf.train.supervisor import supervise
-sys.exit(supervise([sys.executable, "-c", {FAMILY!r}, {str(tmp_path)!r}], Path({str(tmp_path)!r}), 0, 0.0))
+sys.exit(supervise([sys.executable, "-c", {FAMILY!r}, {str(tmp_path)!r}], Path({str(tmp_path)!r}), 3, 0.0))
 """
     supervisor = subprocess.Popen([sys.executable, "-c", program], env=environment(PYTHONPATH=str(ROOT)))
     deadline = time.monotonic() + 60
