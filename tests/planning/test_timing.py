@@ -38,8 +38,10 @@ def config_of(zero, micro):
 def counted(rank, world_size):
     """Bytes that a small engine's operators move in an optimizer step, per parameter, by case."""
     from tbf.planning.trace import Trace
+    from tbf.train.build_ops import prepare_ops
 
     deepspeed = deepspeed_on_gloo()
+    prepare_ops(True, lambda text: None)
     found = {}
     for case, micro in [key[1:] for key in KEYS if key[0] == world_size]:
         model = torch.nn.Sequential(*[torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])

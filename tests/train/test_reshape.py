@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tbf.errors import CheckpointError
+from tbf.train.build_ops import prepare_ops
 from tbf.train.checkpoint import CheckpointStore
 from tests.helpers.gloo import deepspeed_on_gloo, run_distributed
 
@@ -37,6 +38,7 @@ class Model(torch.nn.Module):
 
 def make_engine(stage, zero, world_size):
     deepspeed = deepspeed_on_gloo()
+    prepare_ops(True, lambda text: None)
     torch.manual_seed(0)
     model = Model()
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == big]} for big in (True, False)]
