@@ -210,19 +210,22 @@ def child(name: str, folder: Path, steps: int, purpose: str) -> None:
     distributed.stop()
 
 
-def compare(name: str, steps: int, with_time: bool) -> dict[str, Any]:
+def compare(name: str, steps: int, what: set[str]) -> dict[str, Any]:
     """A row of the table: planned and measured, and the errors as shares of what was measured."""
     case = (CASES | QUICK)[name]
     with tempfile.TemporaryDirectory(prefix="tbf-plan-") as folder:
         (Path(folder) / "ds_config.json").write_text(json.dumps(case.ds_config()))
         plan = planned(case, Path(folder))
-        memory = measured(name, Path(folder), steps, "memory")
-        took = {"state": memory["state"], "peak": max(memory["pass"], memory["update"])}
-        if with_time:
+        took = {}
+        if "memory" in what:
+            memory = measured(name, Path(folder), 2, "memory")
+            took |= {"state": memory["state"], "peak": max(memory["pass"], memory["update"])}
+        if "time" in what:
             timed = measured(name, Path(folder), steps, "time")
             took |= {"as_run": max(timed["pass"], timed["update"]), "seconds": timed["seconds"]}
     errors = {key: plan[key] / took[key] - 1 for key in took}
-    errors["activations"] = (plan["peak"] - plan["state"]) / (took["peak"] - took["state"]) - 1
+    if "memory" in what:
+        errors["activations"] = (plan["peak"] - plan["state"]) / (took["peak"] - took["state"]) - 1
     return {"name": name, "ranks": case.ranks, "planned": plan, "measured": took, "errors": errors}
 
 
@@ -236,6 +239,8 @@ def show(rows: list[dict[str, Any]]) -> None:
             if key in row["measured"]:
                 values = row["planned"][key] / unit, row["measured"][key] / unit
                 line += f"{values[0]:8.2f}{values[1]:7.2f}{row['errors'][key]:+7.1%}"
+            else:
+                line += 22 * " "
         print(line)
 
 
@@ -245,6 +250,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--results", type=Path, help="a file of rows, read and added to")
     parser.add_argument("--no-time", action="store_true", help="memory alone, which other programs do not disturb")
+    parser.add_argument("--no-memory", action="store_true", help="time alone, which is sooner done")
     parser.add_argument("--quick", action="store_true", help="two small configurations")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--purpose", help=argparse.SUPPRESS)
@@ -256,12 +262,13 @@ def main() -> int:
     wanted = arguments.only or list(QUICK if arguments.quick else CASES)
     if set(wanted) - known.keys():
         parser.error(f"no configuration {sorted(set(wanted) - known.keys())}; choose from: {', '.join(known)}")
+    what = {"memory", "time"} - {"time" if arguments.no_time else "", "memory" if arguments.no_memory else ""}
     rows: dict[str, Any] = {}
     if arguments.results and arguments.results.exists():
         rows = {row["name"]: row for row in map(json.loads, arguments.results.read_text().splitlines())}
     for name in wanted:
         if name not in rows:
-            rows[name] = compare(name, arguments.steps, not arguments.no_time)
+            rows[name] = compare(name, arguments.steps, what)
             show([rows[name]])
             sys.stdout.flush()
             if arguments.results:

@@ -21,7 +21,7 @@ from tbf.ops.ternary_build import cache_folder, source_hash
 from tbf.ops.ternary_probe import default_plan
 from tbf.system import busy, processor
 
-_VERSION = 5
+_VERSION = 6
 _ELEMENTS = 1 << 18  # of a tensor that is moved
 _POOL = 160  # of them: an activation is met again after so many others that no cache holds it
 
@@ -40,7 +40,9 @@ class CpuRates:
     int8: float
     """The ternary backend that serves, without quantising."""
     quantise: float
-    """Bytes."""
+    """Bytes that the quantiser of activations reads and writes."""
+    quantise_gradient: float
+    """Bytes, of the quantiser of gradients, which lays them out by row and by column."""
     ternarise: float
     """FP32 bytes of weights, made ternary and laid out for both passes."""
     moving: float
@@ -155,8 +157,17 @@ def _ternary_rates() -> dict[str, float]:
     rows = _Pool(quantised.pop, 8)
     product = _seconds(lambda: backend.forward(rows.next(), prepared.forward[0], prepared.scales[0], n, d))
     quantise = _seconds(lambda: backend.tools.quantise_rows(inputs.next()))
+    scale = torch.ones(1)
+    gradient = _seconds(
+        lambda: backend.tools.quantise_gradient([inputs.next()], scale, None, low=False, rows=True, columns=True)
+    )
     ternarise = _seconds(lambda: prepare_weight(weights.next(), [n], plan))
-    return {"int8": 2 * m * d * n / product, "quantise": 5 * m * d / quantise, "ternarise": 4 * n * d / ternarise}
+    return {
+        "int8": 2 * m * d * n / product,
+        "quantise": 5 * m * d / quantise,
+        "quantise_gradient": 6 * m * d / gradient,
+        "ternarise": 4 * n * d / ternarise,
+    }
 
 
 def _seconds(call: Callable[[], object], budget: float = 0.12) -> float:

@@ -138,6 +138,8 @@ def cpu_seconds(work: Work, rates: CpuRates) -> tuple[float, float, float, float
         moving = op.bytes / rates.moving
         if op.integer_ops:
             int8 += count * (op.integer_ops / rates.int8 + moving)
+        elif op.name == "tbf_quantise_gradient":
+            int8 += count * op.bytes / rates.quantise_gradient
         elif op.name.startswith("tbf_"):
             int8 += count * op.bytes / rates.quantise
         elif op.flops:

@@ -50,7 +50,7 @@ def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
 
     def measure(threads):
         calls.append(threads)
-        return CpuRates(threads, *[1e9] * 10, 1e-6)
+        return CpuRates(threads, *[1e9] * 11, 1e-6)
 
     monkeypatch.setattr(module, "_measure", measure)
     monkeypatch.setattr(module, "busy", lambda: True)
@@ -75,6 +75,6 @@ def test_measured_rates_are_plausible(tmp_path, monkeypatch):
 
 
 def test_processes_share_rates_but_not_overheads():
-    rates = CpuRates(2, *[8.0] * 10, 1e-6)
+    rates = CpuRates(2, *[8.0] * 11, 1e-6)
     half = shared(rates, 2)
     assert (half.gemm, half.adam, half.operator_s, half.threads) == (4.0, 4.0, 1e-6, 2)
