@@ -58,30 +58,40 @@ class CpuRates:
 
 
 def cpu_rates(threads: int, *, refresh: bool = False) -> CpuRates:
-    """The rates of this processor with so many threads: from disk, or measured in about two seconds, and kept there
-    unless other programs were in the way."""
+    """The rates of this processor with so many threads: from disk, or measured in about two seconds."""
+    found = kept_on_disk("cpu-rates", threads, lambda: asdict(_measure(threads)), refresh=refresh)
+    if found.keys() != {field.name for field in fields(CpuRates)}:  # damaged
+        found = kept_on_disk("cpu-rates", threads, lambda: asdict(_measure(threads)), refresh=True)
+    return CpuRates(**found)
+
+
+def kept_on_disk(
+    name: str, threads: int, measure: Callable[[], dict[str, float]], *, refresh: bool
+) -> dict[str, float]:
+    """What `measure` found with so many threads of this processor, now or earlier; kept unless other programs are in
+    its way."""
     parts = [processor(), torch.__version__, threads, source_hash(), _VERSION]
-    path = cache_folder() / f"cpu-rates-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
+    path = cache_folder() / f"{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
     if not refresh:
         try:
-            return CpuRates(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             pass  # absent or damaged: measured again
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        rates = _measure(threads)
+        found = measure()
     finally:
         torch.set_num_threads(before)
     if busy():
-        return rates  # good enough for now, but not to be kept
+        return found  # good enough for now, but not to be kept
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        aside.write_text(json.dumps(asdict(rates)), encoding="utf-8")
+        aside.write_text(json.dumps(found), encoding="utf-8")
         aside.replace(path)
     except OSError:
         aside.unlink(missing_ok=True)  # a full disk costs the next process a measurement, nothing else
-    return rates
+    return found
 
 
 def shared(rates: CpuRates, processes: int) -> CpuRates:

@@ -18,6 +18,7 @@ from tbf.model.flops import build_meta, parameters_by_part, training_flops_per_t
 from tbf.ops.ternary_backends import TernaryPlan
 from tbf.ops.ternary_probe import default_plan
 from tbf.planning.activations import Activations, activations, replay
+from tbf.planning.calibration import pass_factor
 from tbf.planning.engine_state import FLOAT, Engine, Item, ModelFacts, Reduction, engine_items, model_facts, reduction
 from tbf.planning.estimate import estimate_pieces
 from tbf.planning.timing import ETHERNET_SHARE, StepTime, step_time
@@ -157,6 +158,13 @@ class Planner:
             return None
         return shared(cpu_rates(self.machine.threads * self.machine.gpus), self.machine.gpus)
 
+    @functools.cached_property
+    def slowdown(self) -> float:
+        """Of a pass against its operators one by one; the datasheets' shares hold it for cards."""
+        if self.machine.device.on_cuda:
+            return 1.0
+        return pass_factor(cpu_rates(self.machine.threads * self.machine.gpus))
+
     def estimate(self, run: RunConfig, engine: Engine) -> MemoryPlan:
         """Memory without a trace: in milliseconds, and rough."""
         config, shape = run.model, largest_shape(run)
@@ -181,8 +189,8 @@ class Planner:
         pass_ = memory.activations
         traffic = step_traffic(facts, engine, machine.ranks, loops, pass_.host, machine.device.on_cuda)
         seconds = step_time(
-            pass_, facts, engine, traffic, device=machine.device, rates=self.rates, ranks=machine.ranks,
-            local_ranks=machine.gpus, network=self._network(),
+            pass_, facts, engine, traffic, device=machine.device, rates=self.rates, slowdown=self.slowdown,
+            ranks=machine.ranks, local_ranks=machine.gpus, network=self._network(),
         )  # fmt: skip
         per_parameter = CHECKPOINT_STATE + (CHECKPOINT_WEIGHTS if engine.stage < 3 else 0)
         checkpoint = per_parameter * facts.total
