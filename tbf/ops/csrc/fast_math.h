@@ -158,30 +158,22 @@ inline void multiply_block(const Matrix& a, const float* b, int64_t ldb, float* 
     for (int j = 0; j < V; ++j) store(c + i * ldc + j * kLanes, sums[i][j], j == V - 1 ? last : 0xffff);
 }
 
+template <int R, int V>
+inline void multiply_rows(const Matrix& a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+                          int64_t inner, __mmask16 last, bool add) {  // rows: at most R
+  if (rows == R) {
+    multiply_block<R, V>(a, b, ldb, c, ldc, inner, last, add);
+  } else if constexpr (R > 1) {
+    multiply_rows<R - 1, V>(a, b, ldb, c, ldc, rows, inner, last, add);
+  }
+}
+
 template <int V>
 inline void multiply_columns(Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t inner,
                              __mmask16 last, bool add) {
   for (; rows >= 6; rows -= 6, a.at += 6 * a.row, c += 6 * ldc)
     multiply_block<6, V>(a, b, ldb, c, ldc, inner, last, add);
-  switch (rows) {
-    case 5:
-      multiply_block<5, V>(a, b, ldb, c, ldc, inner, last, add);
-      break;
-    case 4:
-      multiply_block<4, V>(a, b, ldb, c, ldc, inner, last, add);
-      break;
-    case 3:
-      multiply_block<3, V>(a, b, ldb, c, ldc, inner, last, add);
-      break;
-    case 2:
-      multiply_block<2, V>(a, b, ldb, c, ldc, inner, last, add);
-      break;
-    case 1:
-      multiply_block<1, V>(a, b, ldb, c, ldc, inner, last, add);
-      break;
-    default:
-      break;
-  }
+  multiply_rows<5, V>(a, b, ldb, c, ldc, rows, inner, last, add);
 }
 
 // c [rows, cols] = a [rows, inner] b [inner, cols], or += with `add`. The columns of b and c are neighbours.
