@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -59,23 +59,23 @@ class CpuRates:
 
 def cpu_rates(threads: int, *, refresh: bool = False) -> CpuRates:
     """The rates of this processor with so many threads: from disk, or measured in about two seconds."""
-    found = kept_on_disk("cpu-rates", threads, lambda: asdict(_measure(threads)), refresh=refresh)
-    if found.keys() != {field.name for field in fields(CpuRates)}:  # damaged
-        found = kept_on_disk("cpu-rates", threads, lambda: asdict(_measure(threads)), refresh=True)
-    return CpuRates(**found)
+    names = {field.name for field in fields(CpuRates)}
+    return CpuRates(**kept_on_disk("cpu-rates", names, threads, lambda: asdict(_measure(threads)), refresh=refresh))
 
 
 def kept_on_disk(
-    name: str, threads: int, measure: Callable[[], dict[str, float]], *, refresh: bool
+    title: str, names: Set[str], threads: int, measure: Callable[[], dict[str, float]], *, refresh: bool
 ) -> dict[str, float]:
-    """What `measure` found with so many threads of this processor, now or earlier; kept unless other programs are in
-    its way."""
+    """What `measure` found under these names with so many threads of this processor, now or earlier; kept unless other
+    programs are in its way."""
     parts = [processor(), torch.__version__, threads, source_hash(), _VERSION]
-    path = cache_folder() / f"{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
+    path = cache_folder() / f"{title}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
     if not refresh:
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found.keys() == names:
+                return found
+        except (OSError, ValueError, AttributeError):
             pass  # absent or damaged: measured again
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

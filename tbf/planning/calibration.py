@@ -32,7 +32,7 @@ def pass_factor(rates: CpuRates, *, refresh: bool = False) -> float:
 
     `rates`: of one process with all of its threads. From disk, or measured in some seconds.
     """
-    found = kept_on_disk("pass-factor", rates.threads, lambda: {"factor": _measure(rates)}, refresh=refresh)
+    found = kept_on_disk("pass-factor", {"factor"}, rates.threads, lambda: {"factor": _measure(rates)}, refresh=refresh)
     return max(1.0, found["factor"])
 
 

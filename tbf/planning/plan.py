@@ -152,34 +152,37 @@ class Planner:
         self._known: dict[tuple, Any] = {}
 
     @functools.cached_property
+    def _all_rates(self) -> CpuRates:
+        """Of all ranks of a node together."""
+        return cpu_rates(self.machine.threads * self.machine.gpus)
+
+    @functools.cached_property
     def rates(self) -> CpuRates | None:
         """Of one rank, where the processor trains."""
-        if self.machine.device.on_cuda:
-            return None
-        return shared(cpu_rates(self.machine.threads * self.machine.gpus), self.machine.gpus)
+        return None if self.machine.device.on_cuda else shared(self._all_rates, self.machine.gpus)
 
     @functools.cached_property
     def slowdown(self) -> float:
         """Of a pass against its operators one by one; the datasheets' shares hold it for cards."""
-        if self.machine.device.on_cuda:
-            return 1.0
-        return pass_factor(cpu_rates(self.machine.threads * self.machine.gpus))
+        return 1.0 if self.machine.device.on_cuda else pass_factor(self._all_rates)
 
     def estimate(self, run: RunConfig, engine: Engine) -> MemoryPlan:
         """Memory without a trace: in milliseconds, and rough."""
         config, shape = run.model, largest_shape(run)
         pieces = estimate_pieces(config, shape, checkpointed=engine.granularity != "none")
+        items = self._items(run, engine)
         options = {"host_offload": engine.cpu_checkpointing, "gradients_stay": _gradients_stay(engine),
-                   "reduction": self._reduction(run, engine)}  # fmt: skip
+                   "reduction": reduction(items, engine)}  # fmt: skip
         pass_ = replay(config, pieces, engine.granularity, loops=most_loops(run), **options)
-        return self._memory(run, engine, replace(pass_, source="estimated"))
+        return self._memory(run, engine, items, replace(pass_, source="estimated"))
 
     def memory(self, run: RunConfig, engine: Engine) -> MemoryPlan:
         """Memory as `plan` has it, without what only time depends on."""
+        items = self._items(run, engine)
         options = (engine.granularity, most_loops(run), engine.cpu_checkpointing, _gradients_stay(engine),
-                   self._reduction(run, engine))  # fmt: skip
+                   reduction(items, engine))  # fmt: skip
         pass_ = self._once(self._activations, run.model, largest_shape(run), *options)
-        return self._memory(run, engine, pass_)
+        return self._memory(run, engine, items, pass_)
 
     def plan(self, run: RunConfig, engine: Engine) -> Plan:
         """Works out the plan of a run whose train section agrees with `engine`."""
@@ -209,10 +212,9 @@ class Planner:
             verdicts.append(Verdict("disk", plan.disk_bytes + swapped, machine.disk))
         return replace(plan, verdicts=verdicts)
 
-    def _memory(self, run: RunConfig, engine: Engine, pass_: Activations) -> MemoryPlan:
+    def _memory(self, run: RunConfig, engine: Engine, items: list[Item], pass_: Activations) -> MemoryPlan:
         machine = self.machine
         facts = self._once(_facts, run.model, engine.persistence)
-        items = self._items(run, engine)
         memory = memory_by_place(items, pass_, machine.device.on_cuda)
         kept = FLOAT * facts.total  # the weights before the engine took them over: freed, yet glibc keeps the memory
         host = machine.gpus * (memory["host"] + kept + PROCESS_BYTES + run.data.num_workers * WORKER_BYTES)
@@ -224,9 +226,6 @@ class Planner:
     def _items(self, run: RunConfig, engine: Engine) -> list[Item]:
         facts = self._once(_facts, run.model, engine.persistence)
         return engine_items(facts, engine, self.machine.ranks, self.machine.device.on_cuda)
-
-    def _reduction(self, run: RunConfig, engine: Engine) -> Reduction:
-        return reduction(self._items(run, engine), engine)
 
     def _network(self) -> tuple[float, float]:
         """Bytes per second and latency. Between nodes the network decides; between the cards of one, PCIe, over which
