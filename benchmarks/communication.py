@@ -79,11 +79,11 @@ def resolve(case: Case, ds_config: Path) -> tuple[Any, Any]:
 def planned(case: Case, ds_config: Path) -> int:
     """Bytes that the planner expects a rank to send in a step."""
     from tbf.model.flops import build_meta
-    from tbf.planning.engine_state import Engine, model_facts
+    from tbf.planning.engine_state import model_facts
     from tbf.planning.traffic import step_traffic
 
     run, config = resolve(case, ds_config)
-    engine = Engine.from_config(config.config, config.checkpointing.granularity, config.checkpointing.on_host)
+    engine = config.as_planned()
     facts = model_facts(build_meta(run.model), engine.persistence)
     return step_traffic(facts, engine, RANKS, run.model.num_loops, 0, on_cuda=False).network
 

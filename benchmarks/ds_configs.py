@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from tbf.config import load_run_config
-from tbf.planning.engine_state import Engine
 from tbf.planning.machine import choose_machine
 from tbf.planning.plan import Planner, memory_by_place
 from tbf.train.ds_config import load_ds_config
@@ -28,9 +27,7 @@ def row(planner: Planner, preset: str, path: Path) -> dict[str, Any]:
     """Bytes of one rank, what a step moves, its seconds, and what does not fit."""
     resolved, run = load_ds_config(path, load_run_config(preset), planner.machine.ranks)
     run = run.replace(model={"vocab_size": run.data.wanted_vocab_size})
-    checkpointing = resolved.checkpointing
-    engine = Engine.from_config(resolved.config, checkpointing.granularity, checkpointing.on_host)
-    plan = planner.plan(run, engine)
+    plan = planner.plan(run, resolved.as_planned())
     places = memory_by_place(plan.items, plan.activations, plan.machine.device.on_cuda)
     return {
         "preset": preset, "ds_config": path.name, "card": places["device"], "host": places["host"],

@@ -101,7 +101,6 @@ def planned(case: Case, folder: Path) -> dict[str, float]:
     """Bytes of a rank and seconds of a step, by the planner."""
     from tbf.hardware.cpu_rates import cpu_rates
     from tbf.planning.calibration import pass_factor
-    from tbf.planning.engine_state import Engine
     from tbf.planning.machine import choose_machine
     from tbf.planning.plan import Planner, memory_by_place
 
@@ -109,7 +108,7 @@ def planned(case: Case, folder: Path) -> dict[str, float]:
     machine = choose_machine("cpu", gpus=case.ranks)
     rates = cpu_rates(machine.threads * machine.gpus, refresh=True)  # of this hour: other programs may have run then
     pass_factor(rates, refresh=True)
-    engine = Engine.from_config(config.config, config.checkpointing.granularity, config.checkpointing.on_host)
+    engine = config.as_planned()
     plan = Planner(machine).plan(run, engine)
     state = sum(item.bytes for item in plan.items if item.when == "always") + plan.activations.ternary_caches
     peak = memory_by_place(plan.items, plan.activations, on_cuda=False)["host"]

@@ -37,7 +37,6 @@ def planned(delay: float, rate: float) -> Any:
     """The plan's StepTime."""
     from tbf.config import load_run_config
     from tbf.hardware.cpu_rates import cpu_rates, shared
-    from tbf.planning.engine_state import Engine
     from tbf.planning.machine import choose_machine
     from tbf.planning.plan import Planner
     from tbf.train.ds_config import load_ds_config
@@ -48,7 +47,7 @@ def planned(delay: float, rate: float) -> Any:
     machine = choose_machine("cpu", gpus=1, nodes=HOSTS, threads=1, network_gbit=rate / 1e9, latency_ms=delay * 1e3)
     planner = Planner(machine)
     planner.rates = shared(cpu_rates(HOSTS, refresh=True), HOSTS)  # of this hour: other programs may have run before
-    engine = Engine.from_config(config.config, config.checkpointing.granularity, config.checkpointing.on_host)
+    engine = config.as_planned()
     return planner.plan(run, engine).time
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from tbf.config import load_run_config
-from tbf.planning.engine_state import Engine
 from tbf.planning.machine import choose_machine
 from tbf.planning.plan import GIGABIT, Plan, Planner
 from tbf.train.ds_config import load_ds_config
@@ -47,9 +46,7 @@ class Scaling:
         explicit = {"gradient_accumulation_steps"}
         resolved, run = load_ds_config(self.ds_config, load_run_config(self.preset, overrides), cards, explicit)
         run = run.replace(model={"vocab_size": run.data.wanted_vocab_size})
-        checkpointing = resolved.checkpointing
-        engine = Engine.from_config(resolved.config, checkpointing.granularity, checkpointing.on_host)
-        return self.planner.plan(run, engine)
+        return self.planner.plan(run, resolved.as_planned())
 
     def speed(self, cards: int, gigabits: float, accumulation: int) -> float:
         """Tokens per second."""

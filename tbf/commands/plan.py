@@ -47,7 +47,6 @@ def register(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from tbf.config import load_run_config
     from tbf.planning.changes import write_up
-    from tbf.planning.engine_state import Engine
     from tbf.planning.machine import choose_machine
     from tbf.planning.plan import Planner
     from tbf.planning.report import report, suggestion
@@ -64,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     explicit = {override.partition("=")[0].partition(".")[2] for override in overrides}
     resolved, settings = load_ds_config(arguments.ds_config, settings, machine.ranks, explicit)
     settings = settings.replace(model={"vocab_size": settings.data.wanted_vocab_size})
-    engine = Engine.from_config(resolved.config, resolved.checkpointing.granularity, resolved.checkpointing.on_host)
+    engine = resolved.as_planned()
     planner = Planner(machine, say=lambda text: print(text, file=sys.stderr, flush=True))
     plan = with_cures(planner, planner.plan(settings, engine), settings, engine)
     found = suggest(planner, settings, engine) if arguments.suggest else None

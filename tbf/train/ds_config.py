@@ -14,6 +14,7 @@ from typing import Any
 
 from tbf.config import RunConfig
 from tbf.errors import ConfigError
+from tbf.planning.engine_state import Engine
 from tbf.train.ds_keys import check_checkpointing_keys, check_keys
 
 GRANULARITIES = ("none", "layer", "loop")
@@ -43,6 +44,10 @@ class EngineConfig:
     def needs_cpu_adam(self) -> bool:
         params = self.config["optimizer"]["params"]
         return self.offload_optimizer and not params.get("torch_adam", False)
+
+    def as_planned(self) -> Engine:
+        """What the planner reads from it. Raises ConfigError for options that contradict each other."""
+        return Engine.from_config(self.config, self.checkpointing.granularity, self.checkpointing.on_host)
 
 
 def load_ds_config(

@@ -16,7 +16,6 @@ from tbf.checkpoints import ranks
 from tbf.config import RunConfig
 from tbf.errors import HardwareError
 from tbf.hardware.devices import CONTEXT_BYTES, CPU, Device, recognise
-from tbf.planning.engine_state import Engine
 from tbf.planning.plan import Machine, MemoryPlan, Planner
 from tbf.planning.relief import reliefs
 from tbf.system import host_memory
@@ -45,9 +44,8 @@ class Preflight:
     """What this run needs of this machine, as planned."""
 
     def __init__(self, run: RunConfig, engine_config: EngineConfig, process: ProcessInfo, device: torch.device) -> None:
-        checkpointing = engine_config.checkpointing
         self.run, self.process, self.device = run, process, device
-        self.engine = Engine.from_config(engine_config.config, checkpointing.granularity, checkpointing.on_host)
+        self.engine = engine_config.as_planned()
         self.memory: MemoryPlan | None = None
         self._planner: Planner | None = None
 
