@@ -6,13 +6,11 @@ a setting that was never in force is worse than a message at the start, so both 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tbf.errors import ConfigError, HardwareError, nearest
+from tbf.errors import ConfigError, nearest
 
 TOP = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -104,20 +102,6 @@ def nvme_folders(config: Mapping[str, Any]) -> list[Path]:
     zero = config.get("zero_optimization", {})
     blocks = (zero.get(name) or {} for name in ("offload_optimizer", "offload_param"))
     return sorted({Path(block["nvme_path"]) for block in blocks if block.get("device") == "nvme"})
-
-
-def check_nvme(config: Mapping[str, Any], parameters: int) -> None:
-    """Raises HardwareError when a folder for NVMe offload can't be written or hasn't room for the state of the model:
-    master weights, two moments and gradients, and the weights themselves, 20 bytes a parameter."""
-    for folder in nvme_folders(config):
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise HardwareError(f"nvme_path {folder} is no folder that can be written; create it on the NVMe disk")
-        free, needed = shutil.disk_usage(folder).free, 20 * parameters
-        if free < needed:
-            raise HardwareError(
-                f"nvme_path {folder} has {free / 1e9:.1f} GB free, but {parameters:,} parameters need up to "
-                f"{needed / 1e9:.1f} GB there; free some, or offload to host RAM (p40_zero3.json)"
-            )
 
 
 def _check_offload(block: Mapping[str, Any], name: str, stage: int, where: str) -> None:

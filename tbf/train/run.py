@@ -34,9 +34,10 @@ from tbf.train.build_ops import prepare_ops
 from tbf.train.callbacks import default_callbacks
 from tbf.train.checkpoint import CheckpointStore
 from tbf.train.ds_config import EngineConfig, load_ds_config
-from tbf.train.ds_keys import check_nvme, nvme_folders
+from tbf.train.ds_keys import nvme_folders
 from tbf.train.environment import ProcessInfo
 from tbf.train.finish import export_run_folder, print_summary
+from tbf.train.nvme import align_groups, check_nvme
 from tbf.train.optim import parameter_groups
 from tbf.train.preflight import Preflight
 from tbf.train.rehearsal import rehearse
@@ -204,13 +205,15 @@ def build_engine(run: RunConfig, engine_config: EngineConfig, device: torch.devi
     model = TormentedBertFrankenstein(run.model)
     checkpointing = engine_config.checkpointing
     model.set_activation_checkpointing(checkpointing.granularity, on_host=checkpointing.on_host)
+    groups = parameter_groups(model, run.train.weight_decay)
     if nvme_folders(engine_config.config):
         check_nvme(engine_config.config, model.num_parameters())
+        align_groups(groups, engine_config.config, torch.distributed.get_world_size())
     if run.model.use_bitnet:
         set_ternary_plan(model, choose_plan(device, ternary_shapes(model), say=say))
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model, run.train.weight_decay),
+        model_parameters=groups,
         config=engine_config.config,
         dist_init_required=False,
     )

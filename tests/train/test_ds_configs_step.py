@@ -110,11 +110,7 @@ def test_every_shipped_config_steps(tmp_path):
 @pytest.mark.slow  # compiles DeepSpeed's async_io once
 @pytest.mark.skipif(ctypes.util.find_library("aio") is None, reason="libaio is not installed (apt install libaio-dev)")
 def test_nvme_offload_takes_steps(tmp_path):
-    """On a model whose weights and moments are large enough for DeepSpeed to move: from a megabyte on.
-
-    Weights on NVMe change nothing. The optimizer there takes other steps than in host memory (DeepSpeed 0.19.8, also
-    without pipelining, clipping or weight decay); ds_configs/README.md says so. When that is mended, so is this test.
-    """
+    """On a model whose weights and moments are large enough for DeepSpeed to move: from a megabyte on."""
     paths, changes = [str(FOLDER / "p40_zero3.json")], [*_settings(), "model.hidden_size=256"]
     for places in (["offload_param"], ["offload_param", "offload_optimizer"]):
         config = json.loads((FOLDER / "p40_zero3_nvme.json").read_text())
@@ -126,8 +122,7 @@ def test_nvme_offload_takes_steps(tmp_path):
         paths.append(_write(tmp_path, zero, **config))
     [(sibling, weights, everything)] = run_distributed(losses, 1, paths, changes, 3, True, timeout_s=900)
     assert weights == pytest.approx(sibling, rel=1e-5)
-    assert everything[0] == pytest.approx(sibling[0], rel=1e-5)
-    assert everything == pytest.approx(sibling, rel=1e-2) and everything[-1] < everything[0]
+    assert everything == pytest.approx(sibling, rel=1e-5) and everything[-1] < everything[0]
 
 
 @pytest.mark.slow

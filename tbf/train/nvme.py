@@ -1,0 +1,66 @@
+"""State on an NVMe disk (ZeRO-Infinity): is there room for it, and can DeepSpeed read it into the right place?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from tbf.errors import ConfigError, HardwareError
+from tbf.train.ds_keys import nvme_folders
+
+ALIGNED = 256
+"""Elements of FP32 between two addresses that every disk reads to: the 1,024 bytes that DeepSpeed itself keeps to."""
+SMALLEST_SWAPPED = 2**20
+"""Bytes of a gradient from which on DeepSpeed moves it to the disk too, unless `aio.block_size` is more."""
+
+
+def check_nvme(config: Mapping[str, Any], parameters: int) -> None:
+    """Raises HardwareError when a folder for NVMe offload can't be written or hasn't room for the state of the model:
+    master weights, two moments and gradients, and the weights themselves, 20 bytes a parameter."""
+    for folder in nvme_folders(config):
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise HardwareError(f"nvme_path {folder} is no folder that can be written; create it on the NVMe disk")
+        free, needed = shutil.disk_usage(folder).free, 20 * parameters
+        if free < needed:
+            raise HardwareError(
+                f"nvme_path {folder} has {free / 1e9:.1f} GB free, but {parameters:,} parameters need up to "
+                f"{needed / 1e9:.1f} GB there; free some, or offload to host RAM (p40_zero3.json)"
+            )
+
+
+def align_groups(groups: Sequence[dict[str, Any]], config: Mapping[str, Any], ranks: int) -> None:
+    """Puts the parameters of each group into an order in which DeepSpeed can read their gradients back from a disk.
+
+    It reads a gradient straight to its parameter's place in a sub-group's buffer. After parameters of odd sizes that is
+    an address to which many disks do not write, and DeepSpeed 0.19.8 does not look at what became of a read: the
+    optimizer then takes for a gradient what the buffer held before (tests/train/test_nvme.py tells when this may go).
+    So the odd ones come last. Without the optimizer on NVMe the order stays, on which checkpoints depend.
+
+    Raises ConfigError when no order helps: with 3 ranks, say, no weight's share has an even size.
+    """
+    zero = config.get("zero_optimization", {})
+    if (zero.get("offload_optimizer") or {}).get("device") != "nvme":
+        return
+    swapped = max(SMALLEST_SWAPPED, config.get("aio", {}).get("block_size", SMALLEST_SWAPPED)) // 4
+    for group in groups:
+        group["params"] = sorted(group["params"], key=lambda parameter: _share(parameter, ranks) % ALIGNED > 0)
+        offset = 0
+        for parameter in group["params"]:
+            share = _share(parameter, ranks)
+            if share >= swapped and offset % ALIGNED:
+                raise ConfigError(
+                    f"offload_optimizer.device nvme: on {ranks} ranks a weight of {tuple(parameter.shape)} is cut into "
+                    f"shares of {share:,} elements, no multiple of {ALIGNED}, which DeepSpeed cannot read back from "
+                    "every disk; use a number of ranks that divides the widths of the model, or offload the optimizer "
+                    "to host RAM (p40_zero3.json)"
+                )
+            offset = offset + share if offset + share < zero.get("sub_group_size", 10**9) else 0
+
+
+def _share(parameter: nn.Parameter, ranks: int) -> int:
+    """Elements of a parameter that a rank holds under ZeRO-3."""
+    return -(-getattr(parameter, "ds_numel", parameter.numel()) // ranks)
