@@ -90,6 +90,11 @@ class DeepSpeedCheckpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        if (self.folder / "offloaded_tensors").is_dir():
+            raise CheckpointError(
+                f"{self.folder} was saved by DeepSpeed's own code with the optimizer on NVMe: its *_optim_states.pt "
+                "hold what happened to lie in swap buffers, not the weights; take a checkpoint that tbf saved"
+            )
         self._models, self._shards = self._open()
         head = self._models[0]
         missing = [key for key in ("module", "param_shapes", "buffer_names") if key not in head]

@@ -195,6 +195,7 @@ class CheckpointStore(CheckpointFolder):
         or belongs to another model or configuration.
         """
         from tbf.train.deepspeed_io import engine_facts, load_engine
+        from tbf.train.swapped import swaps
 
         self.finish()
         path = Path(which)
@@ -203,15 +204,19 @@ class CheckpointStore(CheckpointFolder):
         manifest = self.verify(path)
         check_fits(manifest, engine, path, self.fingerprint)
         differing = other_shape(manifest, engine_facts(engine), world_size)
+        by_name = bool(differing) or swaps(engine)
         with ranks.together(f"cannot read {path}"):
             state = _read_state(path / STATE_NAME)
-        if differing and manifest.elsewhere:
+        if by_name and manifest.elsewhere:
+            why = f"was saved otherwise ({differing})" if differing else "goes to NVMe"
             raise CheckpointError(
-                f"{path} was saved otherwise ({differing}), and other machines hold {len(manifest.elsewhere)} of its "
-                "files: bring them together first (tbf checkpoints RUN gather NODE:RUN), and give all nodes the result"
+                f"{path} {why}, and other machines hold {len(manifest.elsewhere)} of its files: bring them together "
+                "first (tbf checkpoints RUN gather NODE:RUN), and give all nodes the result"
             )
         if differing:
-            self._load_reshaped(engine, path, differing)
+            logger.warning("%s was saved otherwise (%s): converting it, equal but for rounding", path, differing)
+        if by_name:
+            self._load_reshaped(engine, path)
         else:
             load_engine(engine, path)
         with ranks.together(f"cannot read {path}"):
@@ -227,10 +232,9 @@ class CheckpointStore(CheckpointFolder):
         self.finish()
         return super().last_healthy()
 
-    def _load_reshaped(self, engine: Any, path: Path, differing: str) -> None:
+    def _load_reshaped(self, engine: Any, path: Path) -> None:
         from tbf.train.reshape import load_reshaped
 
-        logger.warning("%s was saved otherwise (%s): converting it, equal but for rounding", path, differing)
         problem = None
         try:
             load_reshaped(engine, path)

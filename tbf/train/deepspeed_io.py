@@ -29,6 +29,7 @@ from tbf.checkpoints.manifest import unsafe_content
 from tbf.errors import CheckpointError, first_line
 from tbf.model.bitlinear import invalidate_ternary
 from tbf.train.background import snapshot
+from tbf.train.swapped import saved_from_disk
 
 
 class DurableCheckpointEngine(TorchCheckpointEngine):
@@ -129,7 +130,7 @@ def save_engine(
     """
     if weights is not None and engine.zero_optimization_stage() < 3:
         engine.save_non_zero_checkpoint = weights
-    with durable_io(engine, later) as io:
+    with durable_io(engine, later) as io, saved_from_disk(engine):
         # Versioned for DeepSpeed's universal format, through which a run may later continue on other ranks.
         client_state = {**client_state, "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
         engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False)

@@ -1,4 +1,5 @@
-"""Loads a checkpoint into an engine of another shape: other ranks, ZeRO stage, optimizer class or parameter order.
+"""Loads a checkpoint by parameter names: into an engine of other ranks, ZeRO stage, optimizer class or parameter order,
+or one with state on NVMe.
 
 DeepSpeed's universal checkpoints cover other ranks only, convert through files written beside the checkpoint, and read
 every one of them with pickle. Here each parameter's FP32 weight and Adam moments are put together from the shards by
@@ -17,6 +18,7 @@ from tbf.errors import CheckpointError
 from tbf.export.deepspeed_files import DeepSpeedCheckpoint
 from tbf.model.bitlinear import invalidate_ternary
 from tbf.train.deepspeed_io import replay_bias_correction
+from tbf.train.swapped import SwappedGroup, is_swapped
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -24,7 +26,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Place(NamedTuple):
     """Where this rank keeps its part of one parameter: `count` elements, from `source` of the whole, flattened."""
 
-    flat: torch.Tensor
+    group: int
     start: int
     source: int
     count: int
@@ -42,7 +44,12 @@ def load_reshaped(engine: Any, folder: Path) -> None:
     if partitioned:
         optimizer.checkpoint_event_prologue()
     flats, places = _places(optimizer, names, partitioned)
-    states = {id(flat): {key: torch.zeros_like(flat) for key in _MOMENTS} for flat in flats}
+    swapped = [i for i in range(len(flats)) if partitioned and is_swapped(optimizer, i)]
+    on_disk = {i: SwappedGroup(optimizer, i, _MOMENTS) for i in swapped}
+    targets = [
+        on_disk[i].tensors if i in on_disk else {"fp32": flat.data, **{key: torch.zeros_like(flat) for key in _MOMENTS}}
+        for i, flat in enumerate(flats)
+    ]
 
     for key in ("fp32", *_MOMENTS):
         missing = set(parameters)
@@ -53,17 +60,24 @@ def load_reshaped(engine: Any, folder: Path) -> None:
             if key == "fp32" and not partitioned:
                 parameters[name].data.copy_(whole)
             for place in places.get(name, ()):
-                target = place.flat.data if key == "fp32" else states[id(place.flat)][key]
                 part = whole.flatten().narrow(0, place.source, place.count)
-                target.narrow(0, place.start, place.count).copy_(part)
+                targets[place.group][key].narrow(0, place.start, place.count).copy_(part)
         if missing:
             raise CheckpointError(f"{folder} lacks '{min(missing)}', which this model has")
 
-    for flat in flats:
-        optimizer.optimizer.state[flat] = {"step": _step(optimizer.optimizer, checkpoint.updates), **states[id(flat)]}
+    step = _step(optimizer.optimizer, checkpoint.updates)
+    for i, flat in enumerate(flats):
+        if i in on_disk:  # DeepSpeed knows the state's tensors by identity
+            on_disk[i].flush()
+            optimizer.optimizer.state[flat]["step"] = step
+        else:
+            optimizer.optimizer.state[flat] = {"step": step, **{key: targets[i][key] for key in _MOMENTS}}
     if partitioned:
-        for group in range(len(flats)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if on_disk:
+            optimizer.reset_swap_buffers()
+        else:
+            for group in range(len(flats)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
         optimizer.checkpoint_event_epilogue()
     else:
         optimizer._link_all_hp_params()
@@ -83,15 +97,15 @@ def _places(
     """This rank's flat FP32 groups, and by parameter what of it they hold."""
     flats = list(optimizer.fp32_partitioned_groups_flat if partitioned else optimizer.single_partition_of_fp32_groups)
     found: dict[str, list[_Place]] = {}
-    for index, flat in enumerate(flats):
-        here = _zero3_places(optimizer, index, flat) if partitioned else _zero2_places(optimizer, index, flat)
+    for index in range(len(flats)):
+        here = _zero3_places(optimizer, index) if partitioned else _zero2_places(optimizer, index)
         for parameter, place in here:
             if place.count > 0:
                 found.setdefault(names[id(parameter)], []).append(place)
     return flats, found
 
 
-def _zero2_places(optimizer: Any, index: int, flat: torch.Tensor) -> Iterator[tuple[Any, _Place]]:
+def _zero2_places(optimizer: Any, index: int) -> Iterator[tuple[Any, _Place]]:
     """ZeRO-1 and -2: the group is one vector, cut into equal partitions wherever the borders fall.
 
     DeepSpeed's own map of it (`_hp_mapping`) takes the parameters in the model's order, which is not that of the
@@ -102,16 +116,16 @@ def _zero2_places(optimizer: Any, index: int, flat: torch.Tensor) -> Iterator[tu
     group, offsets = optimizer.round_robin_bit16_groups[index], optimizer.round_robin_bit16_offsets[index]
     for parameter, offset in zip(group, offsets, strict=True):
         first, last = max(offset, low), min(offset + parameter.numel(), low + width)
-        yield parameter, _Place(flat, first - low, first - offset, last - first)
+        yield parameter, _Place(index, first - low, first - offset, last - first)
 
 
-def _zero3_places(optimizer: Any, index: int, flat: torch.Tensor) -> Iterator[tuple[Any, _Place]]:
+def _zero3_places(optimizer: Any, index: int) -> Iterator[tuple[Any, _Place]]:
     """ZeRO-3: every parameter is cut into equal parts, one a rank, the last one padded."""
     start = 0
     for parameter in optimizer.fp16_groups[index]:
         width = parameter.partition_numel()
         source = width * torch.distributed.get_rank()
-        yield parameter, _Place(flat, start, source, max(0, min(width, parameter.ds_numel - source)))
+        yield parameter, _Place(index, start, source, max(0, min(width, parameter.ds_numel - source)))
         start += width
 
 

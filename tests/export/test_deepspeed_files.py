@@ -194,6 +194,12 @@ def test_partition_cut_short_is_refused(copied: Path) -> None:
         whole(DeepSpeedCheckpoint(copied))
 
 
+def test_deepspeeds_own_files_of_swapped_state_are_refused(copied_zero3: Path) -> None:
+    (copied_zero3 / "offloaded_tensors" / "rank00").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="swap buffers"):
+        DeepSpeedCheckpoint(copied_zero3)
+
+
 def test_not_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no \*_model_states\.pt"):
         DeepSpeedCheckpoint(tmp_path)
