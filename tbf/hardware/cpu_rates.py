@@ -21,7 +21,7 @@ from tbf.ops.ternary_build import cache_folder, source_hash
 from tbf.ops.ternary_probe import default_plan
 from tbf.system import busy, processor
 
-_VERSION = 6
+_VERSION = 7
 _ELEMENTS = 1 << 18  # of a tensor that is moved
 _POOL = 160  # of them: an activation is met again after so many others that no cache holds it
 
@@ -106,12 +106,13 @@ def _measure(threads: int) -> CpuRates:
     pool = _Pool(lambda: torch.randn(_ELEMENTS))
     heads = _Pool(lambda: torch.randn(2, 8, 256, 64), 64)
     small = _Pool(lambda: torch.randn(64, 64, 64))
+    rows = _Pool(lambda: torch.randn(1, 8, 512, 128), 32)
     a, b = _Pool(lambda: torch.randn(512, 512)), _Pool(lambda: torch.randn(512, 2048), 8)
     stream, streamed = torch.randn(1 << 24), torch.empty(1 << 24)
     rates = {
         "gemm": 2 * 512 * 512 * 2048 / _seconds(lambda: a.next() @ b.next()),
         "batched_gemm": 2 * 64**4 / _seconds(lambda: small.next() @ small.next()),
-        "attention": 4 * heads.next().numel() * 256 / _seconds(lambda: F.scaled_dot_product_attention(*heads.take(3))),
+        "attention": 4 * rows.next().numel() * 512 / _seconds(lambda: F.scaled_dot_product_attention(*rows.take(3))),
         "moving": 12 * _ELEMENTS / _seconds(lambda: pool.put(pool.next() + pool.next())),
         "strided": 8 * _ELEMENTS / _seconds(lambda: heads.next().transpose(1, 2).contiguous()),
         "adam": 12 * len(stream) / _seconds(lambda: torch.add(stream, stream, out=streamed)),  # it streams, too

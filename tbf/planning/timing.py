@@ -64,19 +64,19 @@ def step_time(
     local_ranks: int,
     network: tuple[float, float],
 ) -> StepTime:
-    """`rates`: of the processor that trains, for one of its ranks; None on a card. `slowdown`: of a pass against its
-    operators one by one. `network`: bytes per second between ranks, and seconds that a message takes. Nothing is taken
-    to overlap: a looped layer's gradients come last."""
+    """`rates`: of the processor that trains, for one of its ranks; None on a card. `slowdown`: of operators without
+    products in a pass, against one by one. `network`: bytes per second between ranks, and seconds that a message takes.
+    Nothing is taken to overlap: a looped layer's gradients come last."""
     fp32 = int8 = memory = launches = 0.0
     for work in (activations.forward, activations.backward):
         parts = cpu_seconds(work, rates) if rates else card_seconds(work, device)
         fp32, int8, memory, launches = (a + b for a, b in zip((fp32, int8, memory, launches), parts))
-    fp32, int8, memory, launches = (slowdown * part for part in (fp32, int8, memory, launches))
+    memory, launches = slowdown * memory, slowdown * launches
     micro = engine.accumulation
     handed, updated = engine_bytes(engine, model.total, ranks)
     on_host = engine.offload_optimizer != "none"
     if rates:
-        optimizer = handed / rates.moving + updated / rates.adam
+        optimizer = slowdown * handed / rates.moving + updated / rates.adam * (1.0 if on_host else slowdown)
         int8_once = 4 * activations.ternary_weights / rates.ternarise
     else:
         bandwidth = device.bandwidth * MEMORY_SHARE
