@@ -4,9 +4,10 @@
 
 Each configuration is planned, then run in fresh processes, one a rank, on random rows. Memory is resident memory, read
 from the kernel, above what a process held that had trained a tiny model: `state` between two steps, `peak` inside one,
-under an allocator that gives freed blocks back at once. Seconds come from a second run with the allocator as trained,
-whose own peak is `as run`. With `--results` rows are kept in a file, and those that it holds are not run again, so a
-long comparison can be taken in pieces. The last line is one JSON object.
+under an allocator that gives freed blocks back at once; with state on NVMe, `disk` is what a rank reads and writes
+there in a step. Seconds come from a second run with the allocator as trained, whose own peak is `as run`. With
+`--results` rows are kept in a file, and those that it holds are not run again, so a long comparison can be taken in
+pieces. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,24 +48,30 @@ class Case:
     model: tuple[str, ...]
     stage: int
     offload: str = "optimizer"
-    """`none`, `optimizer`, or `all` with the weights (ZeRO-3)."""
+    """`none`, `optimizer`, or `all` with the weights (ZeRO-3); `nvme` is all on a disk."""
     granularity: str = "layer"
     ranks: int = 1
     rows: int = 1
     tokens: int = 512
     accumulation: int = 1
 
-    def ds_config(self) -> dict[str, Any]:
-        name = {1: "p40_zero1", 2: "p40_zero2", 3: "p40_zero3"}[self.stage]
+    def ds_config(self, folder: Path) -> dict[str, Any]:
+        """`folder`: for what goes to a disk."""
+        name = {1: "p40_zero1", 2: "p40_zero2", 3: "p40_zero3"}[self.stage] + "_nvme" * (self.offload == "nvme")
         config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+        config["activation_checkpointing"] = {"granularity": self.granularity}
         zero = config["zero_optimization"]
+        if self.offload == "nvme":
+            zero["sub_group_size"] = 20_000_000  # several groups, as a model that needs the disk has
+            for block in ("offload_optimizer", "offload_param"):
+                zero[block]["nvme_path"] = str(folder)
+            return config
         for block, wanted in (("offload_optimizer", self.offload != "none"), ("offload_param", self.offload == "all")):
             zero.pop(block, None)
             if wanted:
                 zero[block] = HOST
         if self.offload == "none":
             config["optimizer"]["params"]["torch_adam"] = True
-        config["activation_checkpointing"] = {"granularity": self.granularity}
         return config
 
     def overrides(self) -> list[str]:
@@ -90,6 +99,8 @@ CASES = {
     "zero2 offload, 8 x 128 tokens": Case(MIXED, 2, rows=8, tokens=128),
     "experts, zero2 offload": Case(EXPERTS, 2),
     "experts, zero3 offload, 2 ranks": Case(EXPERTS, 3, offload="all", ranks=2),
+    "zero3 on NVMe": Case(THREE, 3, offload="nvme"),
+    "experts, zero3 on NVMe": Case(EXPERTS, 3, offload="nvme"),
 }
 QUICK = {
     "quick, zero2 offload": Case(("mini",), 2, rows=2, tokens=64),
@@ -110,7 +121,8 @@ def planned(case: Case, folder: Path) -> dict[str, float]:
     pass_factor(rates, refresh=True)
     engine = config.as_planned()
     plan = Planner(machine).plan(run, engine)
-    state = sum(item.bytes for item in plan.items if item.when == "always") + plan.activations.ternary_caches
+    held = (item.bytes for item in plan.items if item.when == "always" and item.place != "nvme")
+    state = sum(held) + plan.activations.ternary_caches
     peak = memory_by_place(plan.items, plan.activations, on_cuda=False)["host"]
     as_run = peak + 4 * plan.facts.total  # glibc keeps what building the model freed
     parts = {name: seconds for name, seconds in vars(plan.time).items() if seconds}
@@ -120,6 +132,7 @@ def planned(case: Case, folder: Path) -> dict[str, float]:
         "peak": peak,
         "as_run": as_run,
         "seconds": plan.time.total,
+        "disk": plan.traffic.nvme,
         "parts": parts,
     }
 
@@ -191,9 +204,10 @@ def child(name: str, folder: Path, steps: int, purpose: str) -> None:
     built = peak_memory() - before
     engine.train()
     batch = largest_batch(run)
-    seconds, states, passes, updates = [], [], [], []
+    seconds, states, passes, updates, disk = [], [], [], [], []
     for _ in range(steps):
         states.append(settle() - before)
+        moved = bytes_moved()
         started = time.perf_counter()
         for micro in range(case.accumulation):
             loss = engine(**batch).loss
@@ -205,22 +219,31 @@ def child(name: str, folder: Path, steps: int, purpose: str) -> None:
         engine.step()
         seconds.append(time.perf_counter() - started)
         updates.append(peak_memory() - before)
+        disk.append(bytes_moved() - moved)
     found = {"state": states[-1], "pass": max(passes[1:]), "update": max(updates[1:]), "built": built,
-             "seconds": median(seconds[1:]), "loss": loss.item()}  # fmt: skip
+             "seconds": median(seconds[1:]), "disk": median(disk[1:]), "loss": loss.item()}  # fmt: skip
     (folder / f"rank{process.rank}.json").write_text(json.dumps(found))
     distributed.stop()
+
+
+def bytes_moved() -> int:
+    """Read from disks and written to them by this process so far."""
+    counters = psutil.Process().io_counters()
+    return counters.read_bytes + counters.write_bytes
 
 
 def compare(name: str, steps: int, what: set[str]) -> dict[str, Any]:
     """A row of the table: planned and measured, and the errors as shares of what was measured."""
     case = (CASES | QUICK)[name]
     with tempfile.TemporaryDirectory(prefix="tbf-plan-") as folder:
-        (Path(folder) / "ds_config.json").write_text(json.dumps(case.ds_config()))
+        (Path(folder) / "ds_config.json").write_text(json.dumps(case.ds_config(Path(folder))))
         plan = planned(case, Path(folder))
         took = {}
         if "memory" in what:
-            memory = measured(name, Path(folder), 2, "memory")
+            memory = measured(name, Path(folder), 3 if plan["disk"] else 2, "memory")  # NVMe settles after two
             took |= {"state": memory["state"], "peak": max(memory["pass"], memory["update"])}
+            if plan["disk"]:
+                took["disk"] = memory["disk"]
         if "time" in what:
             timed = measured(name, Path(folder), steps, "time")
             took |= {"as_run": max(timed["pass"], timed["update"]), "seconds": timed["seconds"]}
@@ -232,7 +255,7 @@ def compare(name: str, steps: int, what: set[str]) -> dict[str, Any]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     columns = {"state": ("state, GB", GB), "peak": ("peak, GB", GB), "as_run": ("as run, GB", GB),
-               "seconds": ("seconds", 1.0)}  # fmt: skip
+               "seconds": ("seconds", 1.0), "disk": ("disk, GB", GB)}  # fmt: skip
     print(f"{'planned, found, error':33}{'M par.':>8}" + "".join(f"{title:>22}" for title, _ in columns.values()))
     for row in rows:
         line = f"{row['name']:33}{row['planned']['parameters'] / 1e6:8.0f}"
@@ -278,7 +301,7 @@ def main() -> int:
     chosen = [rows[name] for name in wanted]
     show(chosen)
     names = {"peak": "memory_worst_error", "state": "state_worst_error", "activations": "activations_worst_error",
-             "as_run": "as_run_worst_error", "seconds": "time_worst_error"}  # fmt: skip
+             "as_run": "as_run_worst_error", "seconds": "time_worst_error", "disk": "disk_worst_error"}  # fmt: skip
     found = {key: [abs(row["errors"][key]) for row in chosen if key in row["errors"]] for key in names}
     figures = {names[key]: max(errors) for key, errors in found.items() if errors}
     print(json.dumps({"benchmark": "plan_accuracy", "machine": machine(), "rows": chosen, "figures": figures}))
@@ -286,7 +309,6 @@ def main() -> int:
 
 
 def machine() -> dict[str, Any]:
-    import psutil
     import torch
 
     from tbf.system import processor

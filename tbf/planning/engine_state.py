@@ -19,7 +19,7 @@ _DEFAULT_BUCKET = 500_000_000
 _DEFAULT_SUBGROUP, _DEFAULT_LIVE, _DEFAULT_PREFETCH, _DEFAULT_PERSISTENT = 10**9, 10**9, 5 * 10**7, 10**5
 _REDUCTION_BUCKET = "reduction bucket"
 _NORM = "largest gradient in FP64, for its norm"
-_PARAM_BUFFERS, _PARAM_BUFFER_SIZE, _OPTIMIZER_BUFFERS = 5, 10**8, 4
+_PARAM_BUFFERS, _PARAM_BUFFER_SIZE, _OPTIMIZER_BUFFERS, _MAX_IN_CPU = 5, 10**8, 4, 10**9
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,11 @@ class Engine:
     persistence: int = _DEFAULT_PERSISTENT
     param_buffers: int = _PARAM_BUFFERS
     param_buffer_size: int = _PARAM_BUFFER_SIZE
+    max_in_cpu: int = _MAX_IN_CPU
+    """Weights that stay in host memory when the others are on NVMe, elements."""
     optimizer_buffers: int = _OPTIMIZER_BUFFERS
+    pipelined: bool = False
+    """Whether the optimizer reads or writes one group on NVMe while it updates another."""
     nvme_path: str = ""
 
     @classmethod
@@ -84,7 +88,9 @@ class Engine:
             persistence=int(zero.get("stage3_param_persistence_threshold", _DEFAULT_PERSISTENT)),
             param_buffers=int(param.get("buffer_count", _PARAM_BUFFERS)),
             param_buffer_size=int(param.get("buffer_size", _PARAM_BUFFER_SIZE)),
+            max_in_cpu=int(param.get("max_in_cpu", _MAX_IN_CPU)),
             optimizer_buffers=int(optimizer.get("buffer_count", _OPTIMIZER_BUFFERS)),
+            pipelined=bool(optimizer.get("pipeline_read") or optimizer.get("pipeline_write")),
             nvme_path=str(optimizer.get("nvme_path") or param.get("nvme_path") or ""),
         )
         if engine.offload_param != "none" and stage != 3:
@@ -196,7 +202,7 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
     whole = FLOAT * model.total
     share = whole // ranks
     pinned = on_cuda and engine.pin_optimizer
-    group = min(FLOAT * engine.sub_group, share)
+    group = FLOAT * largest_group(model, engine, ranks)
 
     def host(name: str, size: int, when: str = "always", *, pin: bool = pinned) -> Item:
         return Item(name, "host", _pinned(size) if pin else size, when)
@@ -208,8 +214,11 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
     elif engine.offload_param == "cpu":
         items.append(host("weights (this rank's share)", share, pin=on_cuda))
     else:
-        buffers = FLOAT * engine.param_buffers * engine.param_buffer_size
+        buffers, kept = FLOAT * engine.param_buffers * engine.param_buffer_size, in_cpu(model, engine, ranks)
         items += [host("buffers for weights on NVMe", buffers, pin=on_cuda), Item("weights", "nvme", share)]
+        items.append(host("weights that stay in host memory", FLOAT * kept, pin=on_cuda))
+        if FLOAT * kept < share:
+            items.append(host("updated weights on their way to NVMe", group))
     if ranks > 1 or (on_cuda and engine.offload_param != "none"):
         live = min(model.total, max(engine.max_live, model.largest_module)) - (0 if on_cuda else model.small)
         items.append(Item("gathered weights", "device", FLOAT * live, "pass"))
@@ -236,11 +245,29 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
     else:
         items += [
             host("gradients", share),
-            host("gradients of a group", group),
             host("buffers for the optimizer on NVMe", engine.optimizer_buffers * group),
             Item("master weights, Adam moments and gradients", "nvme", 4 * share),
         ]
+        if engine.pipelined:  # as the first step made them; the second one lets go
+            moments = "Adam moments, until the second step"
+            items += [host(moments, 2 * share, when) for when in ("pass", "reduce", "step")]
     return items
+
+
+def in_cpu(model: ModelFacts, engine: Engine, ranks: int) -> int:
+    """Elements of a rank's weights that DeepSpeed keeps in host memory although they are offloaded to NVMe."""
+    return min(engine.max_in_cpu, model.total // ranks)
+
+
+def largest_group(model: ModelFacts, engine: Engine, ranks: int) -> int:
+    """Elements of the largest sub-group of a rank: each takes parameters until it has `sub_group_size` or more."""
+    largest = filled = 0
+    for size in model.sizes:
+        filled += -(-size // ranks)
+        largest = max(largest, filled)
+        if filled >= engine.sub_group:
+            filled = 0
+    return largest
 
 
 def _bucket(model: ModelFacts, engine: Engine, on_cuda: bool) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tbf.planning.engine_state import FLOAT, Engine, ModelFacts
+from tbf.planning.engine_state import FLOAT, Engine, ModelFacts, in_cpu
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def step_traffic(
             to_device += micro * per_micro * share
             to_host += share
     if engine.offload_param == "nvme":
-        nvme += micro * per_micro * share + share
+        nvme += (micro * per_micro + 1) * (share - FLOAT * in_cpu(model, engine, ranks))
     if engine.offload_optimizer == "nvme":
         nvme += 2 * 3 * share + 2 * share
     if engine.cpu_checkpointing:

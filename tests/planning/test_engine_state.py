@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 from collections import Counter
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from tbf.errors import ConfigError
-from tbf.planning.engine_state import Engine, Item, ModelFacts, _pinned, engine_items, model_facts
+from tbf.planning.engine_state import Engine, Item, ModelFacts, _pinned, engine_items, largest_group, model_facts
 from tests.helpers.gloo import deepspeed_on_gloo, run_distributed
 
 P, LARGEST = 1_000_000, 120_000
@@ -122,10 +123,27 @@ def test_ranks_of_zero3_scatter_while_activations_lie_there_only_where_a_bucket_
 
 
 def test_nvme_holds_what_the_host_would():
-    engine = Engine(3, "nvme", "nvme", sub_group=100_000, param_buffer_size=50_000)
+    engine = Engine(3, "nvme", "nvme", sub_group=100_000, param_buffer_size=50_000, max_in_cpu=0)
     items = engine_items(FACTS, engine, 1, on_cuda=True)
     assert sum(item.bytes for item in items if item.place == "nvme") == 20 * P
-    assert sum(item.bytes for item in items if item.place == "host" and item.when == "always") < 14 * P
+    assert sum(item.bytes for item in items if item.place == "host" and item.when == "always") < 15 * P
+
+
+def test_weights_on_nvme_stay_in_host_memory_up_to_max_in_cpu():
+    def held(max_in_cpu):
+        items = engine_items(FACTS, Engine(3, "cpu", "nvme", max_in_cpu=max_in_cpu), 2, on_cuda=False)
+        return {item.name: item.bytes for item in items}
+
+    kept, back = "weights that stay in host memory", "updated weights on their way to NVMe"
+    assert held(10**9)[kept] == 2 * P and back not in held(10**9)
+    assert held(1000)[kept] == 4000 and held(1000)[back] > 0
+
+
+def test_a_group_takes_parameters_until_it_is_full():
+    facts = dataclasses.replace(FACTS, sizes=(60, 60, 10, 200, 5))
+    assert largest_group(facts, Engine(3, sub_group=100), 1) == 210
+    assert largest_group(facts, Engine(3, sub_group=100), 2) == 165
+    assert largest_group(facts, Engine(3), 1) == 335
 
 
 def test_contradictory_offloads_are_refused():

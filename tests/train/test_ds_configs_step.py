@@ -117,6 +117,7 @@ def test_nvme_offload_takes_steps(tmp_path):
         zero = config.pop("zero_optimization") | {"stage3_param_persistence_threshold": 10_000}
         zero["sub_group_size"] = 500_000  # several groups, as a large model has: pipelining needs more buffers then
         zero |= {place: {**zero[place], "nvme_path": str(tmp_path)} for place in places}
+        zero["offload_param"]["max_in_cpu"] = 0  # else a small model's weights never leave host memory
         if "offload_optimizer" not in places:
             zero["offload_optimizer"] = ON_HOST
         paths.append(_write(tmp_path, zero, **config))

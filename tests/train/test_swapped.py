@@ -40,7 +40,7 @@ def make_engine(folder, pipeline=True, weights=True, optimizer=True):
         "stage": 3,
         "sub_group_size": 2 * WIDTH**2,
         "stage3_param_persistence_threshold": 10_000,
-        "offload_param": {**disk, "buffer_size": WIDTH**2} if weights else ON_HOST,
+        "offload_param": {**disk, "buffer_size": WIDTH**2, "max_in_cpu": 0} if weights else ON_HOST,
         "offload_optimizer": {**disk, "pipeline_read": pipeline, "pipeline_write": pipeline} if optimizer else ON_HOST,
     }
     config = {
