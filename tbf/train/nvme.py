@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -15,21 +16,51 @@ from tbf.train.ds_keys import nvme_folders
 ALIGNED = 256
 """Elements of FP32 between two addresses that every disk reads to: the 1,024 bytes that DeepSpeed itself keeps to."""
 SMALLEST_SWAPPED = 2**20
-"""Bytes of a gradient from which on DeepSpeed moves it to the disk too, unless `aio.block_size` is more."""
+"""Bytes of a tensor from which on DeepSpeed moves it to the disk, unless `aio.block_size` is more."""
+_OF_A_MODULE = 4
+"""Weights that a module has itself, at most."""
 
 
-def check_nvme(config: Mapping[str, Any], parameters: int) -> None:
-    """Raises HardwareError when a folder for NVMe offload can't be written or hasn't room for the state of the model:
-    master weights, two moments and gradients, and the weights themselves, 20 bytes a parameter."""
+def check_nvme(config: Mapping[str, Any], sizes: Sequence[int], ranks: int) -> None:
+    """`sizes`: elements of the model's parameters, in the optimizer's order.
+
+    Raises HardwareError when a folder for NVMe offload can't be written or hasn't room for the state of the model
+    (master weights, two moments and gradients, and the weights themselves, 20 bytes a parameter), and ConfigError when
+    the buffers through which weights come from the disk are too small or too few: DeepSpeed would die in a step.
+    """
     for folder in nvme_folders(config):
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise HardwareError(f"nvme_path {folder} is no folder that can be written; create it on the NVMe disk")
-        free, needed = shutil.disk_usage(folder).free, 20 * parameters
+        free, needed = shutil.disk_usage(folder).free, 20 * sum(sizes)
         if free < needed:
             raise HardwareError(
-                f"nvme_path {folder} has {free / 1e9:.1f} GB free, but {parameters:,} parameters need up to "
+                f"nvme_path {folder} has {free / 1e9:.1f} GB free, but {sum(sizes):,} parameters need up to "
                 f"{needed / 1e9:.1f} GB there; free some, or offload to host RAM (p40_zero3.json)"
             )
+    zero = config.get("zero_optimization", {})
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        _check_buffers(zero, [-(-size // ranks) for size in sizes], _swapped_from(config))
+
+
+def _check_buffers(zero: Mapping[str, Any], shares: Sequence[int], swapped_from: int) -> None:
+    block = zero["offload_param"]
+    size, count = int(block.get("buffer_size", 10**8)), int(block.get("buffer_count", 5))
+    if max(shares) > size:
+        raise ConfigError(
+            f"offload_param.buffer_size is {size:,}, but the largest parameter takes {max(shares):,} elements of a "
+            f"rank; set it to {max(shares)} or more"
+        )
+    kept = int(block.get("max_in_cpu", 10**9))
+    ends = accumulate(shares)
+    on_disk = sorted(share for share, end in zip(shares, ends) if end > kept and share >= swapped_from)
+    room = int(zero.get("stage3_max_live_parameters", 10**9)) + int(zero.get("stage3_prefetch_bucket_size", 5 * 10**7))
+    at_once = min(len(on_disk), sum(end <= room for end in accumulate(on_disk)) + _OF_A_MODULE)
+    if at_once > count:
+        raise ConfigError(
+            f"offload_param.buffer_count is {count}, but up to {at_once} weights may come from the disk at once; set "
+            f"it to {at_once}, or stage3_max_live_parameters, stage3_max_reuse_distance and "
+            "stage3_prefetch_bucket_size to 0, which gathers one module's weights at a time"
+        )
 
 
 def align_groups(groups: Sequence[dict[str, Any]], config: Mapping[str, Any], ranks: int) -> None:
@@ -45,7 +76,7 @@ def align_groups(groups: Sequence[dict[str, Any]], config: Mapping[str, Any], ra
     zero = config.get("zero_optimization", {})
     if (zero.get("offload_optimizer") or {}).get("device") != "nvme":
         return
-    swapped = max(SMALLEST_SWAPPED, config.get("aio", {}).get("block_size", SMALLEST_SWAPPED)) // 4
+    swapped = _swapped_from(config)
     for group in groups:
         group["params"] = sorted(group["params"], key=lambda parameter: _share(parameter, ranks) % ALIGNED > 0)
         offset = 0
@@ -59,6 +90,11 @@ def align_groups(groups: Sequence[dict[str, Any]], config: Mapping[str, Any], ra
                     "to host RAM (p40_zero3.json)"
                 )
             offset = offset + share if offset + share < zero.get("sub_group_size", 10**9) else 0
+
+
+def _swapped_from(config: Mapping[str, Any]) -> int:
+    """Elements of FP32 from which on DeepSpeed moves a tensor."""
+    return max(SMALLEST_SWAPPED, config.get("aio", {}).get("block_size", SMALLEST_SWAPPED)) // 4
 
 
 def _share(parameter: nn.Parameter, ranks: int) -> int:

@@ -33,6 +33,7 @@ from tbf.train import distributed, heartbeat_link
 from tbf.train.build_ops import prepare_ops
 from tbf.train.callbacks import default_callbacks
 from tbf.train.checkpoint import CheckpointStore
+from tbf.train.deepspeed_io import engine_facts
 from tbf.train.ds_config import EngineConfig, load_ds_config
 from tbf.train.ds_keys import nvme_folders
 from tbf.train.environment import ProcessInfo
@@ -117,7 +118,7 @@ def _train(
         if run.train.rehearse and not arguments.dry_run:
             seconds = rehearse(engine, run, device)
             say(f"rehearsed a step at the largest shape in {seconds:.1f} s")
-    say(f"model: {engine.module.num_parameters():,} parameters; data: {dataset.rows_per_epoch:,} rows of "
+    say(f"model: {engine_facts(engine).parameters:,} parameters; data: {dataset.rows_per_epoch:,} rows of "
         f"{run.data.seq_len} tokens an epoch, {held_out.rows_per_epoch:,} held out; "
         f"global batch {engine.train_batch_size()} rows")  # fmt: skip
     ranks = {"rank": process.rank, "world_size": process.world_size}
@@ -208,8 +209,10 @@ def build_engine(run: RunConfig, engine_config: EngineConfig, device: torch.devi
     model.set_activation_checkpointing(checkpointing.granularity, on_host=checkpointing.on_host)
     groups = parameter_groups(model, run.train.weight_decay)
     if nvme_folders(engine_config.config):
-        check_nvme(engine_config.config, model.num_parameters())
-        align_groups(groups, engine_config.config, torch.distributed.get_world_size())
+        ranks = torch.distributed.get_world_size()
+        align_groups(groups, engine_config.config, ranks)
+        sizes = [parameter.numel() for group in groups for parameter in group["params"]]
+        check_nvme(engine_config.config, sizes, ranks)
     if run.model.use_bitnet:
         set_ternary_plan(model, choose_plan(device, ternary_shapes(model), say=say))
     with calm_gloo():

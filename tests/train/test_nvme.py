@@ -27,12 +27,35 @@ def groups_of(*shapes):
 
 def test_no_room_for_nvme_offload_is_said_before_training(tmp_path):
     config = on_nvme(tmp_path)
-    check_nvme(config, 1000)
+    check_nvme(config, [900, 100], 1)
     assert nvme_folders(config) == [tmp_path]
     with pytest.raises(HardwareError, match=r"GB free, but 1,000,000,000,000,000 parameters need"):
-        check_nvme(config, 10**15)
+        check_nvme(config, [10**15], 1)
     with pytest.raises(HardwareError, match="no folder that can be written"):
-        check_nvme(on_nvme(tmp_path / "nowhere"), 1000)
+        check_nvme(on_nvme(tmp_path / "nowhere"), [1000], 1)
+
+
+def test_a_parameter_larger_than_the_buffers_is_refused(tmp_path):
+    weights = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_size": 600}
+    config = {"zero_optimization": {"stage": 3, "offload_param": weights}}
+    check_nvme(config, [1200, 300], 2)
+    with pytest.raises(ConfigError, match="buffer_size is 600, but the largest parameter takes 601"):
+        check_nvme(config, [300, 1201], 2)
+
+
+def test_too_few_buffers_for_the_weights_in_flight_are_refused(tmp_path):
+    def check(**keys):
+        weights = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 8, "max_in_cpu": 0, **keys}
+        zero = {"stage": 3, "offload_param": weights, "stage3_max_live_parameters": live, **prefetch}
+        check_nvme({"zero_optimization": zero}, [1000, *[300_000] * 20], 1)
+
+    live, prefetch = 10**7, {}
+    with pytest.raises(ConfigError, match="buffer_count is 8, but up to 20 weights"):
+        check()
+    check(buffer_count=20)
+    check(max_in_cpu=300_000 * 15)  # five and a bit of them are on the disk
+    live, prefetch = 0, {"stage3_prefetch_bucket_size": 0}
+    check()
 
 
 def test_odd_parameters_come_last_and_nothing_else_moves(tmp_path):

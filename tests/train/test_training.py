@@ -11,6 +11,8 @@ import time
 import pytest
 import torch
 
+from tbf.config import load_run_config
+from tbf.model.encoder import TormentedBertFrankenstein
 from tests.helpers.runs import DS_ZERO2, DS_ZERO3, command, environment, metrics, train, write_preset
 
 
@@ -61,7 +63,9 @@ def test_ranks_stages_and_accumulation_give_the_same_losses(straight_fp32, cache
     micro = 4 // ranks // accumulation  # the same global batch
     preset = write_preset(cache, micro_batch_size=micro, gradient_accumulation_steps=accumulation)
     arguments = ("--preset", preset, "--run-dir", run_dir, "--set", "model.use_bitnet=false")
-    train(*arguments, cache=cache, ranks=ranks, ds_config=ds_config)
+    done = train(*arguments, cache=cache, ranks=ranks, ds_config=ds_config)
+    model = TormentedBertFrankenstein(load_run_config(run_dir / "config.yaml").model)
+    assert f"model: {model.num_parameters():,} parameters" in done.stdout  # also of a model in pieces
     for column in ("loss", "val_loss"):
         assert losses(run_dir, column) == pytest.approx(losses(straight_fp32, column), abs=1e-5)
 
