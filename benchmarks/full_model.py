@@ -35,7 +35,7 @@ from tbf.config import RunConfig, load_run_config  # noqa: E402
 from tbf.model.config import UltraConfig  # noqa: E402
 from tbf.model.encoder import TormentedBertFrankenstein  # noqa: E402
 from tbf.planning.machine import choose_machine  # noqa: E402
-from tbf.planning.plan import Planner, memory_by_place  # noqa: E402
+from tbf.planning.plan import Planner  # noqa: E402
 from tbf.system import peak_memory, processor  # noqa: E402
 from tbf.train import distributed  # noqa: E402
 from tbf.train.build_ops import prepare_ops  # noqa: E402
@@ -71,9 +71,10 @@ def largest_parameter(config: UltraConfig) -> int:
 
 
 def planned(run: RunConfig, config: EngineConfig, ranks: int) -> tuple[float, float]:
-    """Bytes of memory and of disk traffic a step, without a card."""
+    """Bytes of memory, all of the process, and of disk traffic in a step, without a card."""
     plan = Planner(choose_machine("cpu", gpus=ranks)).plan(run, config.as_planned())
-    return memory_by_place(plan.items, plan.activations, on_cuda=False)["host"], plan.traffic.nvme
+    [memory] = [verdict.needed for verdict in plan.verdicts if verdict.resource == "host memory"]
+    return memory, plan.traffic.nvme
 
 
 def disk_traffic() -> int:
@@ -138,8 +139,7 @@ def main() -> int:
     good = all(map(math.isfinite, losses)) and losses[-1] < losses[0] and all(step["applied"] for step in steps)
     print("finite and falling" if good else "the loss is not finite or does not fall")
     if expected:
-        print(f"the plan said {expected / 1e9:.2f} GB beside {imported / 1e9:.2f} GB of Python and libraries, and "
-              f"{traffic / 1e9:.1f} GB over the disk in a step")  # fmt: skip
+        print(f"the plan said {expected / 1e9:.2f} GB, and {traffic / 1e9:.1f} GB over the disk in a step")
     figures = {
         "planned_gb": expected / 1e9,
         "planned_disk_gb": traffic / 1e9,

@@ -81,5 +81,5 @@ def _state_dict(optimizer: Any) -> dict[str, Any]:
         if is_swapped(optimizer, index):
             tensors = SwappedGroup(optimizer, index).tensors
             masters[index] = tensors.pop("fp32")
-            inner["state"][index] = {**inner["state"][index], **tensors}
+            inner["state"][index] = {**inner["state"].get(index, {}), **tensors}
     return {**state, "fp32_flat_groups": masters, "optimizer_state_dict": inner}
