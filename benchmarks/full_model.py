@@ -55,7 +55,7 @@ def random_batch(vocabulary: int, rows: int, tokens: int, device: torch.device) 
 
 
 def lean_nvme(folder: Path, largest: int) -> dict[str, Any]:
-    """p40_zero3_nvme.json for a small host: nothing kept in memory, no pipelining, buffers of the largest parameter."""
+    """p40_zero3_nvme.json for a small host: no weights kept in memory, smaller groups and buffers."""
     config = json.loads((ROOT / "ds_configs" / "p40_zero3_nvme.json").read_text())
     zero, disk = config["zero_optimization"], {"device": "nvme", "nvme_path": str(folder)}
     zero["offload_optimizer"] = {**disk, "buffer_count": 4}
