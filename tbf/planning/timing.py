@@ -76,7 +76,8 @@ def step_time(
     handed, updated = engine_bytes(engine, model.total, ranks)
     on_host = engine.offload_optimizer != "none"
     if rates:
-        optimizer = slowdown * handed / rates.moving + updated / rates.adam * (1.0 if on_host else slowdown)
+        copied = 2 * traffic.network * ranks / (ranks - 1) if ranks > 1 else 0.0  # by gloo, to flat tensors and back
+        optimizer = slowdown * (handed + copied) / rates.moving + updated / rates.adam * (1.0 if on_host else slowdown)
         int8_once = 4 * activations.ternary_weights / rates.ternarise
     else:
         bandwidth = device.bandwidth * MEMORY_SHARE
