@@ -92,8 +92,8 @@ class DeepSpeedCheckpoint:
         self.folder = Path(folder)
         if (self.folder / "offloaded_tensors").is_dir():
             raise CheckpointError(
-                f"{self.folder} was saved by DeepSpeed's own code with the optimizer on NVMe: its *_optim_states.pt "
-                "hold what happened to lie in swap buffers, not the weights; take a checkpoint that tbf saved"
+                f"{self.folder} was saved with the optimizer on NVMe by DeepSpeed's own code: its *_optim_states.pt "
+                "hold what happened to lie in swap buffers, not the weights; take a checkpoint that this tbf saved"
             )
         self._models, self._shards = self._open()
         head = self._models[0]

@@ -6,7 +6,7 @@ assume 16-bit weights and are off by two here. Bytes for P parameters and N data
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,7 +214,10 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
     elif engine.offload_param == "cpu":
         items.append(host("weights (this rank's share)", share, pin=on_cuda))
     else:
-        buffers, kept = FLOAT * engine.param_buffers * engine.param_buffer_size, in_cpu(model, engine, ranks)
+        buffers, kept = (
+            FLOAT * engine.param_buffers * engine.param_buffer_size,
+            min(engine.max_in_cpu, model.total // ranks),
+        )
         items += [host("buffers for weights on NVMe", buffers, pin=on_cuda), Item("weights", "nvme", share)]
         items.append(host("weights that stay in host memory", FLOAT * kept, pin=on_cuda))
         if FLOAT * kept < share:
@@ -254,20 +257,37 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
     return items
 
 
-def in_cpu(model: ModelFacts, engine: Engine, ranks: int) -> int:
-    """Elements of a rank's weights that DeepSpeed keeps in host memory although they are offloaded to NVMe."""
-    return min(engine.max_in_cpu, model.total // ranks)
+def sub_groups(sizes: Iterable[int], limit: int, ranks: int) -> Iterator[list[int]]:
+    """Cuts parameters, as DeepSpeed does: a sub-group takes them until a rank's share of it has `limit` elements."""
+    group: list[int] = []
+    for size in sizes:
+        group.append(size)
+        if sum(shares(group, ranks)) >= limit:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def shares(sizes: Iterable[int], ranks: int) -> list[int]:
+    """Elements of each parameter that a rank holds under ZeRO-3."""
+    return [-(-size // ranks) for size in sizes]
+
+
+def on_disk(sizes: Iterable[int], limit: int, ranks: int, kept: int) -> list[int]:
+    """The parameters that go to NVMe when `kept` elements of host memory are there for the others: in whole sub-groups,
+    from the first on that has no room."""
+    found, end = [], 0
+    for group in sub_groups(sizes, limit, ranks):
+        end += sum(shares(group, ranks))
+        if end > kept:
+            found += group
+    return found
 
 
 def largest_group(model: ModelFacts, engine: Engine, ranks: int) -> int:
-    """Elements of the largest sub-group of a rank: each takes parameters until it has `sub_group_size` or more."""
-    largest = filled = 0
-    for size in model.sizes:
-        filled += -(-size // ranks)
-        largest = max(largest, filled)
-        if filled >= engine.sub_group:
-            filled = 0
-    return largest
+    """Elements of the largest sub-group of a rank, but for where groups with and without weight decay part."""
+    return max(sum(shares(group, ranks)) for group in sub_groups(model.sizes, engine.sub_group, ranks))
 
 
 def _bucket(model: ModelFacts, engine: Engine, on_cuda: bool) -> int:

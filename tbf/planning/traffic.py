@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tbf.planning.engine_state import FLOAT, Engine, ModelFacts, in_cpu
+from tbf.planning.engine_state import FLOAT, Engine, ModelFacts, on_disk, shares
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def step_traffic(
             to_device += micro * per_micro * share
             to_host += share
     if engine.offload_param == "nvme":
-        nvme += (micro * per_micro + 1) * (share - FLOAT * in_cpu(model, engine, ranks))
+        swapped = on_disk(model.sizes, engine.sub_group, ranks, engine.max_in_cpu)
+        nvme += (micro * per_micro + 1) * FLOAT * sum(shares(swapped, ranks))
     if engine.offload_optimizer == "nvme":
         nvme += 2 * 3 * share + 2 * share
     if engine.cpu_checkpointing:

@@ -41,6 +41,6 @@ def calm_gloo() -> Iterator[None]:
 
 def _gather(group: dist.ProcessGroup | None) -> None:
     sent = torch.zeros(_ELEMENTS)
-    found = [[torch.empty_like(sent) for _ in range(dist.get_world_size())] for _ in range(_GATHERS)]
-    for work in [dist.all_gather(tensors, sent, group=group, async_op=True) for tensors in found]:
+    found = [torch.empty_like(sent) for _ in range(dist.get_world_size())]  # all gather the same zeros there
+    for work in [dist.all_gather(found, sent, group=group, async_op=True) for _ in range(_GATHERS)]:
         work.wait()

@@ -11,50 +11,56 @@ from typing import Any
 from torch import nn
 
 from tbf.errors import ConfigError, HardwareError
+from tbf.planning.engine_state import on_disk, shares
 from tbf.train.ds_keys import nvme_folders
 
 ALIGNED = 256
-"""Elements of FP32 between two addresses that every disk reads to: the 1,024 bytes that DeepSpeed itself keeps to."""
+"""Elements of FP32 between two addresses that disks with blocks of 512 bytes read to: DeepSpeed's own 1,024 bytes."""
 SMALLEST_SWAPPED = 2**20
 """Bytes of a tensor from which on DeepSpeed moves it to the disk, unless `aio.block_size` is more."""
 _OF_A_MODULE = 4
 """Weights that a module has itself, at most."""
 
 
-def check_nvme(config: Mapping[str, Any], sizes: Sequence[int], ranks: int) -> None:
-    """`sizes`: elements of the model's parameters, in the optimizer's order.
+def check_nvme(config: Mapping[str, Any], groups: Sequence[Sequence[int]], ranks: int) -> None:
+    """`groups`: elements of the parameters, by group and in the order of the optimizer.
 
     Raises HardwareError when a folder for NVMe offload can't be written or hasn't room for the state of the model
     (master weights, two moments and gradients, and the weights themselves, 20 bytes a parameter), and ConfigError when
     the buffers through which weights come from the disk are too small or too few: DeepSpeed would die in a step.
     """
+    total = sum(map(sum, groups))
     for folder in nvme_folders(config):
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise HardwareError(f"nvme_path {folder} is no folder that can be written; create it on the NVMe disk")
-        free, needed = shutil.disk_usage(folder).free, 20 * sum(sizes)
+        free, needed = shutil.disk_usage(folder).free, 20 * total
         if free < needed:
             raise HardwareError(
-                f"nvme_path {folder} has {free / 1e9:.1f} GB free, but {sum(sizes):,} parameters need up to "
+                f"nvme_path {folder} has {free / 1e9:.1f} GB free, but {total:,} parameters need up to "
                 f"{needed / 1e9:.1f} GB there; free some, or offload to host RAM (p40_zero3.json)"
             )
     zero = config.get("zero_optimization", {})
     if (zero.get("offload_param") or {}).get("device") == "nvme":
-        _check_buffers(zero, [-(-size // ranks) for size in sizes], _swapped_from(config))
+        _check_buffers(zero, groups, ranks, _swapped_from(config))
 
 
-def _check_buffers(zero: Mapping[str, Any], shares: Sequence[int], swapped_from: int) -> None:
+def _check_buffers(zero: Mapping[str, Any], groups: Sequence[Sequence[int]], ranks: int, swapped_from: int) -> None:
     block = zero["offload_param"]
     size, count = int(block.get("buffer_size", 10**8)), int(block.get("buffer_count", 5))
-    if max(shares) > size:
+    largest = max(shares([max(group) for group in groups if group], ranks))
+    if largest > size and largest >= swapped_from:
         raise ConfigError(
-            f"offload_param.buffer_size is {size:,}, but the largest parameter takes {max(shares):,} elements of a "
-            f"rank; set it to {max(shares)} or more"
+            f"offload_param.buffer_size is {size:,}, but the largest parameter takes {largest:,} elements of a "
+            f"rank; set it to {largest} or more"
         )
-    kept = int(block.get("max_in_cpu", 10**9))
-    ends = accumulate(shares)
-    on_disk = sorted(share for share, end in zip(shares, ends) if end > kept and share >= swapped_from)
-    room = int(zero.get("stage3_max_live_parameters", 10**9)) + int(zero.get("stage3_prefetch_bucket_size", 5 * 10**7))
-    at_once = min(len(on_disk), sum(end <= room for end in accumulate(on_disk)) + _OF_A_MODULE)
+    kept, swapped = int(block.get("max_in_cpu", 10**9)), []
+    for group in groups:
+        limit = int(zero.get("sub_group_size", 10**9))
+        swapped += [size for size in on_disk(group, limit, ranks, kept) if -(-size // ranks) >= swapped_from]
+        kept = max(0, kept - sum(shares(group, ranks)))
+    live = int(zero.get("stage3_max_live_parameters", 10**9)) + int(zero.get("stage3_prefetch_bucket_size", 5 * 10**7))
+    room = max(live, int(zero.get("stage3_max_reuse_distance", 10**9)))  # what is used again so soon is not let go of
+    at_once = min(len(swapped), sum(end <= room for end in accumulate(sorted(swapped))) + _OF_A_MODULE)
     if at_once > count:
         raise ConfigError(
             f"offload_param.buffer_count is {count}, but up to {at_once} weights may come from the disk at once; set "

@@ -211,7 +211,7 @@ def build_engine(run: RunConfig, engine_config: EngineConfig, device: torch.devi
     if nvme_folders(engine_config.config):
         ranks = torch.distributed.get_world_size()
         align_groups(groups, engine_config.config, ranks)
-        sizes = [parameter.numel() for group in groups for parameter in group["params"]]
+        sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
         check_nvme(engine_config.config, sizes, ranks)
     if run.model.use_bitnet:
         set_ternary_plan(model, choose_plan(device, ternary_shapes(model), say=say))

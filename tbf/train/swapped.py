@@ -34,7 +34,7 @@ class SwappedGroup:
             paths[key] = Path(swapped.swap_folder) / f"{key}-{flat.ds_id}{_SUFFIX}"
             with paths[key].open("wb") as file:
                 file.truncate(4 * swapper._io_aligned_numel(size))
-            state[key] = torch.zeros(size)  # DeepSpeed finds it there, and its file by the name
+            state[key] = torch.zeros(1).expand(size)  # takes no room; DeepSpeed finds it there, its file by the name
         self._maps = {key: np.memmap(path, np.float32, "r+", shape=(size,)) for key, path in paths.items()}
         self.tensors = {key: torch.from_numpy(mapped) for key, mapped in self._maps.items()}
 

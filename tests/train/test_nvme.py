@@ -27,34 +27,39 @@ def groups_of(*shapes):
 
 def test_no_room_for_nvme_offload_is_said_before_training(tmp_path):
     config = on_nvme(tmp_path)
-    check_nvme(config, [900, 100], 1)
+    check_nvme(config, [[900], [100]], 1)
     assert nvme_folders(config) == [tmp_path]
     with pytest.raises(HardwareError, match=r"GB free, but 1,000,000,000,000,000 parameters need"):
-        check_nvme(config, [10**15], 1)
+        check_nvme(config, [[10**15]], 1)
     with pytest.raises(HardwareError, match="no folder that can be written"):
-        check_nvme(on_nvme(tmp_path / "nowhere"), [1000], 1)
+        check_nvme(on_nvme(tmp_path / "nowhere"), [[1000]], 1)
 
 
 def test_a_parameter_larger_than_the_buffers_is_refused(tmp_path):
-    weights = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_size": 600}
+    weights = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_size": 600_000, "buffer_count": 2}
     config = {"zero_optimization": {"stage": 3, "offload_param": weights}}
-    check_nvme(config, [1200, 300], 2)
-    with pytest.raises(ConfigError, match="buffer_size is 600, but the largest parameter takes 601"):
-        check_nvme(config, [300, 1201], 2)
+    check_nvme(config, [[1_200_000], [300]], 2)
+    with pytest.raises(ConfigError, match="buffer_size is 600,000, but the largest parameter takes 600,001"):
+        check_nvme(config, [[300], [1_200_001]], 2)
 
 
 def test_too_few_buffers_for_the_weights_in_flight_are_refused(tmp_path):
     def check(**keys):
         weights = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 8, "max_in_cpu": 0, **keys}
-        zero = {"stage": 3, "offload_param": weights, "stage3_max_live_parameters": live, **prefetch}
-        check_nvme({"zero_optimization": zero}, [1000, *[300_000] * 20], 1)
+        zero = {"stage": 3, "sub_group_size": 1_200_000, "offload_param": weights, **none_ahead}
+        check_nvme({"zero_optimization": zero}, [[300_000] * 20, [1000]], 1)
 
-    live, prefetch = 10**7, {}
+    none_ahead = {}
     with pytest.raises(ConfigError, match="buffer_count is 8, but up to 20 weights"):
         check()
     check(buffer_count=20)
-    check(max_in_cpu=300_000 * 15)  # five and a bit of them are on the disk
-    live, prefetch = 0, {"stage3_prefetch_bucket_size": 0}
+    check(max_in_cpu=300_000 * 12)  # two sub-groups of four are on the disk
+    with pytest.raises(ConfigError, match="up to 12 weights"):
+        check(max_in_cpu=300_000 * 12 - 1)  # a sub-group goes as a whole
+    none_ahead = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
+    with pytest.raises(ConfigError, match="up to 20 weights"):
+        check()  # they are kept for their next use
+    none_ahead["stage3_max_reuse_distance"] = 0
     check()
 
 

@@ -15,7 +15,7 @@ from tests.helpers.gloo import deepspeed_on_gloo, run_distributed
 WIDTH, LAYERS = 640, 5  # 1.6 MB a layer: swapped; several groups, and one of biases that is too small
 ON_HOST = {"device": "cpu"}
 HOST = {"weights": False, "optimizer": False}
-KINDS = ({}, {"pipeline": False}, {"optimizer": False}, HOST)
+KINDS = ({}, {"pipeline": False, "max_in_cpu": 10**9}, {"optimizer": False}, HOST)
 
 
 class Model(torch.nn.Module):
@@ -30,7 +30,7 @@ class Model(torch.nn.Module):
         return x
 
 
-def make_engine(folder, pipeline=True, weights=True, optimizer=True):
+def make_engine(folder, pipeline=True, weights=True, optimizer=True, max_in_cpu=0):
     deepspeed = deepspeed_on_gloo()
     from tbf.train.build_ops import prepare_ops
 
@@ -40,7 +40,7 @@ def make_engine(folder, pipeline=True, weights=True, optimizer=True):
         "stage": 3,
         "sub_group_size": 2 * WIDTH**2,
         "stage3_param_persistence_threshold": 10_000,
-        "offload_param": {**disk, "buffer_size": WIDTH**2, "max_in_cpu": 0} if weights else ON_HOST,
+        "offload_param": {**disk, "buffer_size": WIDTH**2, "max_in_cpu": max_in_cpu} if weights else ON_HOST,
         "offload_optimizer": {**disk, "pipeline_read": pipeline, "pipeline_write": pipeline} if optimizer else ON_HOST,
     }
     config = {
