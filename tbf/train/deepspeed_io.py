@@ -8,6 +8,7 @@ replaced by ours while a checkpoint is saved or loaded.
 from __future__ import annotations
 
 import contextlib
+import enum
 import hashlib
 import json
 import math
@@ -48,6 +49,7 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
         self._kept: list[tuple[Any, str]] = []
 
     def save(self, state_dict: Any, path: str) -> None:
+        state_dict = _plain(state_dict)
         if self._later:
             self._kept.append((snapshot(state_dict), path))
         else:
@@ -79,6 +81,16 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
                 return torch.load(path, map_location=map_location, weights_only=True)
             except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
                 raise CheckpointError(f"{path} is refused: {first_line(error)}") from error
+
+
+def _plain(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's number of the ZeRO stage as an int: Python before 3.11.4 pickles an enumeration's member as a call of
+    getattr, which no safe reader makes."""
+    optimizer = state_dict.get("optimizer_state_dict")
+    if isinstance(optimizer, dict) and isinstance(optimizer.get("zero_stage"), enum.Enum):
+        optimizer = {**optimizer, "zero_stage": int(optimizer["zero_stage"].value)}
+        return {**state_dict, "optimizer_state_dict": optimizer}
+    return state_dict
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,10 @@ def _save(folder: Path, world_size: int, stages: dict[str, int]) -> None:
 @pytest.fixture(scope="session")
 def toy_checkpoints(saved: tuple) -> Saved:
     """(ZeRO stage, ranks) -> (checkpoint folder, weights of the model that it was saved from)."""
+    if (3, 11, 0) <= sys.version_info[:3] < (3, 11, 4):
+        pytest.skip(
+            "this Python pickles DeepSpeed's own files so that no safe reader opens them; tbf's are without that"
+        )
     return saved[0]
 
 

@@ -78,9 +78,7 @@ def save_and_go_on(rank, world_size, folder):
     """Losses after a checkpoint, straight and resumed: on NVMe, from host memory, and to it."""
     store = CheckpointStore(folder / "checkpoints", keep_last=9, fingerprint="f" * 64)
     found = {}
-    for number, kind in enumerate(
-        ({}, {"pipeline": False}, {"optimizer": False}, {"weights": False, "optimizer": False})
-    ):
+    for number, kind in enumerate(KINDS):
         engine = make_engine(folder, **kind)
         train(engine, range(3), rank)
         path = store.save(engine, 10 * (number + 1), {}, rank, world_size)
