@@ -47,7 +47,7 @@ def _save(folder: Path, world_size: int, stages: dict[str, int]) -> None:
 def toy_checkpoints(saved: tuple) -> Saved:
     """(ZeRO stage, ranks) -> (checkpoint folder, weights of the model that it was saved from)."""
     if (3, 11, 0) <= sys.version_info[:3] < (3, 11, 4):
-        pytest.skip("DeepSpeed.s own files take a call of getattr to open, pickled by this Python")
+        pytest.skip("DeepSpeed's own files take a call of getattr to open, pickled by this Python")
     return saved[0]
 
 
