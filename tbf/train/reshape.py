@@ -65,8 +65,8 @@ def load_reshaped(engine: Any, folder: Path) -> None:
         if missing:
             raise CheckpointError(f"{folder} lacks '{min(missing)}', which this model has")
 
-    step = _step(optimizer.optimizer, checkpoint.updates)
     for i, flat in enumerate(flats):
+        step = _step(optimizer.optimizer, checkpoint.updates)  # a tensor of its own for each, under torch's Adam
         if i in on_disk:  # DeepSpeed knows the state's tensors by identity
             on_disk[i].flush()
             optimizer.optimizer.state[flat]["step"] = step
