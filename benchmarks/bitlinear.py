@@ -27,9 +27,9 @@ from torch import Tensor, nn  # noqa: E402
 
 from tbf.model.bitlinear import BitLinear, invalidate_ternary  # noqa: E402
 from tbf.ops.ternary_backends import TernaryPlan  # noqa: E402
-from tbf.ops.ternary_build import processor  # noqa: E402
 from tbf.ops.ternary_probe import choose_plan  # noqa: E402
 from tbf.ops.ternary_reference import ReferenceTools  # noqa: E402
+from tbf.system import processor_name  # noqa: E402
 
 SHAPES = ((2048, 384, 384), (2048, 384, 1536), (1024, 2048, 2048), (1024, 2048, 8192))  # tokens, in, out
 Layer = Callable[[Tensor], Tensor]
@@ -221,7 +221,7 @@ def main() -> None:
         rows.append(row)
         figures |= found
     machine = {
-        "processor": processor().partition("model name")[2].partition("\n")[0].strip("\t :"),
+        "processor": processor_name(),
         "allocator": ALLOCATOR,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

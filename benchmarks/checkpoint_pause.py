@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from train_step import DS_CONFIG, MODELS, make_batch, make_run  # noqa: E402  (settles the environment first)
 
 from tbf.checkpoints.folder import CheckpointFolder  # noqa: E402
-from tbf.system import processor  # noqa: E402
+from tbf.system import processor_name  # noqa: E402
 from tbf.train import distributed  # noqa: E402
 from tbf.train.build_ops import prepare_ops  # noqa: E402
 from tbf.train.checkpoint import CheckpointStore  # noqa: E402
@@ -120,7 +120,7 @@ def main() -> None:
             f"{row['step_s']:8.2f} {beside:>12}"
         )
     machine = {
-        "processor": processor().partition("model name")[2].partition("\n")[0].strip("\t :"),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

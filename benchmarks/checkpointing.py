@@ -28,7 +28,7 @@ from tbf.config import load_run_config  # noqa: E402
 from tbf.model.bitlinear import set_ternary_plan, ternary_shapes  # noqa: E402
 from tbf.model.encoder import TormentedBertFrankenstein  # noqa: E402
 from tbf.ops.ternary_probe import choose_plan  # noqa: E402
-from tbf.system import peak_memory, processor, reset_peak  # noqa: E402
+from tbf.system import peak_memory, processor_name, reset_peak  # noqa: E402
 
 ROWS, TOKENS, VOCABULARY = 1, 512, 1024
 CHANGES = ["model.num_layers=2", "model.layer_pattern=[retnet, titan_attn]", f"model.vocab_size={VOCABULARY}"]
@@ -87,7 +87,7 @@ def main() -> None:
         figures[f"mb_per_loop@{granularity}"] = growth
     figures["state_mb"] = state
     machine = {
-        "processor": processor().partition("model name")[2].partition("\n")[0].strip("\t :"),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

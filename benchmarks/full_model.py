@@ -32,11 +32,11 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from tbf.config import RunConfig, load_run_config  # noqa: E402
-from tbf.model.config import UltraConfig  # noqa: E402
-from tbf.model.encoder import TormentedBertFrankenstein  # noqa: E402
+from tbf.model.flops import build_meta  # noqa: E402
+from tbf.planning.engine_state import model_facts  # noqa: E402
 from tbf.planning.machine import choose_machine  # noqa: E402
 from tbf.planning.plan import Planner  # noqa: E402
-from tbf.system import peak_memory, processor  # noqa: E402
+from tbf.system import disk_traffic, peak_memory, processor_name  # noqa: E402
 from tbf.train import distributed  # noqa: E402
 from tbf.train.build_ops import prepare_ops  # noqa: E402
 from tbf.train.deepspeed_io import engine_facts  # noqa: E402
@@ -65,21 +65,11 @@ def lean_nvme(folder: Path, largest: int) -> dict[str, Any]:
     return config
 
 
-def largest_parameter(config: UltraConfig) -> int:
-    with torch.device("meta"):
-        return max(parameter.numel() for parameter in TormentedBertFrankenstein(config).parameters())
-
-
 def planned(run: RunConfig, config: EngineConfig, ranks: int) -> tuple[float, float]:
     """Bytes of memory, all of the process, and of disk traffic in a step, without a card."""
     plan = Planner(choose_machine("cpu", gpus=ranks)).plan(run, config.as_planned())
     [memory] = [verdict.needed for verdict in plan.verdicts if verdict.resource == "host memory"]
     return memory, plan.traffic.nvme
-
-
-def disk_traffic() -> int:
-    counters = psutil.Process().io_counters()
-    return counters.read_bytes + counters.write_bytes
 
 
 def main() -> int:
@@ -103,8 +93,9 @@ def main() -> int:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.nvme:
+            largest = model_facts(build_meta(run.model)).largest
             arguments.ds_config = Path(folder) / "ds_config.json"
-            arguments.ds_config.write_text(json.dumps(lean_nvme(arguments.nvme, largest_parameter(run.model))))
+            arguments.ds_config.write_text(json.dumps(lean_nvme(arguments.nvme, largest)))
         config, run = load_ds_config(arguments.ds_config, run, process.world_size)
     prepare_ops(config.needs_cpu_adam, print, needs_async_io=bool(nvme_folders(config.config)))
     device = distributed.start(process, on_cpu=bool(CPU_REASON))
@@ -150,7 +141,7 @@ def main() -> int:
         "last_loss": losses[-1],
     }
     machine = {
-        "processor": processor().partition("model name")[2].partition("\n")[0].strip("\t :"),
+        "processor": processor_name(),
         "threads": threads,
         "memory_gb": psutil.virtual_memory().total / 1e9,
         "torch": torch.__version__,

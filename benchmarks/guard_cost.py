@@ -33,7 +33,7 @@ CPU_REASON = choose_accelerator()
 import torch  # noqa: E402
 
 from launch.train import parse_arguments  # noqa: E402
-from tbf.system import processor  # noqa: E402
+from tbf.system import processor_name  # noqa: E402
 from tbf.train import run as program  # noqa: E402
 from tbf.train.callbacks.base import CallbackList  # noqa: E402
 from tbf.train.guard import Guard, NormGate  # noqa: E402
@@ -150,7 +150,7 @@ def main() -> None:
     print(f"{'step without':28} {1e3 * without:10.2f}")
     print(f"{'their own time in a step':28} {1e3 * cost:10.2f}  = {100 * cost / with_them:.3f} % of it")
     machine = {
-        "processor": processor().partition("model name")[2].partition("\n")[0].strip("\t :"),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -28,7 +28,7 @@ import train_step as own  # noqa: E402
 import transformers  # noqa: E402
 
 from tbf.ops.ternary_backends import DEFAULT_MODE  # noqa: E402
-from tbf.system import processor  # noqa: E402
+from tbf.system import processor_name  # noqa: E402
 from tbf.train import distributed  # noqa: E402
 from tbf.train.build_ops import prepare_ops  # noqa: E402
 from tbf.train.environment import discover_process  # noqa: E402
@@ -143,7 +143,7 @@ def main() -> None:
     figures = {"tbf_vs_bert_fp32": ours / rate["BERT fp32"], "tbf_vs_bert_bf16": ours / rate["BERT bf16"]}
     figures |= {f"tbf_vs_modernbert_{kind}": ours / rate[f"ModernBERT {kind}"] for kind in ("fp32", "bf16")}
     machine = {
-        "processor": processor().partition("model name")[2].partition("\n")[0].strip("\t :"),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -172,7 +172,7 @@ def child(name: str, folder: Path, steps: int, purpose: str) -> None:
     import torch
 
     from tbf.model.bitlinear import invalidate_ternary
-    from tbf.system import peak_memory, reset_peak
+    from tbf.system import disk_traffic, peak_memory, reset_peak
     from tbf.train import distributed
     from tbf.train.build_ops import prepare_ops
     from tbf.train.rehearsal import largest_batch
@@ -207,7 +207,7 @@ def child(name: str, folder: Path, steps: int, purpose: str) -> None:
     seconds, states, passes, updates, disk = [], [], [], [], []
     for _ in range(steps):
         states.append(settle() - before)
-        moved = bytes_moved()
+        moved = disk_traffic()
         started = time.perf_counter()
         for micro in range(case.accumulation):
             loss = engine(**batch).loss
@@ -219,17 +219,11 @@ def child(name: str, folder: Path, steps: int, purpose: str) -> None:
         engine.step()
         seconds.append(time.perf_counter() - started)
         updates.append(peak_memory() - before)
-        disk.append(bytes_moved() - moved)
+        disk.append(disk_traffic() - moved)
     found = {"state": states[-1], "pass": max(passes[1:]), "update": max(updates[1:]), "built": built,
              "seconds": median(seconds[1:]), "disk": median(disk[1:]), "loss": loss.item()}  # fmt: skip
     (folder / f"rank{process.rank}.json").write_text(json.dumps(found))
     distributed.stop()
-
-
-def bytes_moved() -> int:
-    """Read from disks and written to them by this process so far."""
-    counters = psutil.Process().io_counters()
-    return counters.read_bytes + counters.write_bytes
 
 
 def compare(name: str, steps: int, what: set[str]) -> dict[str, Any]:
@@ -311,10 +305,10 @@ def main() -> int:
 def machine() -> dict[str, Any]:
     import torch
 
-    from tbf.system import processor
+    from tbf.system import processor_name
 
     return {
-        "processor": processor().partition("model name")[2].partition("\n")[0].strip("\t :"),
+        "processor": processor_name(),
         "cores": psutil.cpu_count(logical=False),
         "memory_gb": psutil.virtual_memory().total / GB,
         "torch": torch.__version__,

@@ -41,7 +41,7 @@ from tbf.model.encoder import TormentedBertFrankenstein  # noqa: E402
 from tbf.ops import ternary  # noqa: E402
 from tbf.ops.ternary_backends import DEFAULT_MODE, GRADIENT_MODES, TernaryPlan  # noqa: E402
 from tbf.ops.ternary_probe import choose_plan  # noqa: E402
-from tbf.system import peak_memory, processor, reset_peak  # noqa: E402
+from tbf.system import peak_memory, processor_name, reset_peak  # noqa: E402
 from tbf.train import distributed  # noqa: E402
 from tbf.train.build_ops import prepare_ops  # noqa: E402
 from tbf.train.ds_config import load_ds_config  # noqa: E402
@@ -232,7 +232,7 @@ def main() -> None:
         if not (arguments.no_memory or arguments.quick) and "slice" in arguments.models:
             figures |= compare_memory("slice")
         machine = {
-            "processor": processor().partition("model name")[2].partition("\n")[0].strip("\t :"),
+            "processor": processor_name(),
             "allocator": ALLOCATOR,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

@@ -118,6 +118,12 @@ def reset_peak() -> int:
     return _status("VmRSS")
 
 
+def disk_traffic() -> int:
+    """Bytes that this process has read from disks and written to them so far."""
+    counters = psutil.Process().io_counters()
+    return counters.read_bytes + counters.write_bytes
+
+
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024

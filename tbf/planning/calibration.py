@@ -40,9 +40,7 @@ def pass_factor(rates: CpuRates, *, refresh: bool = False) -> float:
 def _measure(rates: CpuRates) -> float:
     plan = default_plan(torch.device("cpu"))
     traced = activations(PieceTracer(on_cuda=False), CONFIG, SHAPE, plan, "none", loops=1)
-    fp32, int8, memory, launches = map(
-        sum, zip(*(cpu_seconds(work, rates) for work in (traced.forward, traced.backward)))
-    )
+    fp32, int8, memory, launches = cpu_seconds(traced.forward + traced.backward, rates)
     with torch.random.fork_rng(devices=[]):
         model = TormentedBertFrankenstein(CONFIG)
     return (_seconds_of_a_pass(model) - fp32 - int8) / (memory + launches)

@@ -214,13 +214,14 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
     elif engine.offload_param == "cpu":
         items.append(host("weights (this rank's share)", share, pin=on_cuda))
     else:
-        buffers, kept = (
-            FLOAT * engine.param_buffers * engine.param_buffer_size,
-            min(engine.max_in_cpu, model.total // ranks),
-        )
-        items += [host("buffers for weights on NVMe", buffers, pin=on_cuda), Item("weights", "nvme", share)]
-        items.append(host("weights that stay in host memory", FLOAT * kept, pin=on_cuda))
-        if FLOAT * kept < share:
+        buffers = FLOAT * engine.param_buffers * engine.param_buffer_size
+        kept = FLOAT * min(engine.max_in_cpu, model.total // ranks)
+        items += [
+            Item("weights", "nvme", share),
+            host("buffers for weights on NVMe", buffers, pin=on_cuda),
+            host("weights that stay in host memory", kept, pin=on_cuda),
+        ]
+        if kept < share:
             items.append(host("updated weights on their way to NVMe", group))
     if ranks > 1 or (on_cuda and engine.offload_param != "none"):
         live = min(model.total, max(engine.max_live, model.largest_module)) - (0 if on_cuda else model.small)
@@ -260,18 +261,25 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
 def sub_groups(sizes: Iterable[int], limit: int, ranks: int) -> Iterator[list[int]]:
     """Cuts parameters, as DeepSpeed does: a sub-group takes them until a rank's share of it has `limit` elements."""
     group: list[int] = []
+    held = 0
     for size in sizes:
         group.append(size)
-        if sum(shares(group, ranks)) >= limit:
+        held += share_of(size, ranks)
+        if held >= limit:
             yield group
-            group = []
+            group, held = [], 0
     if group:
         yield group
 
 
-def shares(sizes: Iterable[int], ranks: int) -> list[int]:
-    """Elements of each parameter that a rank holds under ZeRO-3."""
-    return [-(-size // ranks) for size in sizes]
+def share_of(size: int, ranks: int) -> int:
+    """Elements of a parameter that a rank holds under ZeRO-3."""
+    return -(-size // ranks)
+
+
+def shares_of(sizes: Iterable[int], ranks: int) -> int:
+    """The same of several parameters together."""
+    return sum(share_of(size, ranks) for size in sizes)
 
 
 def on_disk(sizes: Iterable[int], limit: int, ranks: int, kept: int) -> list[int]:
@@ -279,7 +287,7 @@ def on_disk(sizes: Iterable[int], limit: int, ranks: int, kept: int) -> list[int
     from the first on that has no room."""
     found, end = [], 0
     for group in sub_groups(sizes, limit, ranks):
-        end += sum(shares(group, ranks))
+        end += shares_of(group, ranks)
         if end > kept:
             found += group
     return found
@@ -287,7 +295,7 @@ def on_disk(sizes: Iterable[int], limit: int, ranks: int, kept: int) -> list[int
 
 def largest_group(model: ModelFacts, engine: Engine, ranks: int) -> int:
     """Elements of the largest sub-group of a rank, but for where groups with and without weight decay part."""
-    return max(sum(shares(group, ranks)) for group in sub_groups(model.sizes, engine.sub_group, ranks))
+    return max(shares_of(group, ranks) for group in sub_groups(model.sizes, engine.sub_group, ranks))
 
 
 def _bucket(model: ModelFacts, engine: Engine, on_cuda: bool) -> int:

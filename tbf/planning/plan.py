@@ -163,7 +163,7 @@ class Planner:
 
     @functools.cached_property
     def slowdown(self) -> float:
-        """Of a pass against its operators one by one; the datasheets' shares hold it for cards."""
+        """Of operators without products in a pass against one by one; the datasheets' shares hold it for cards."""
         return 1.0 if self.machine.device.on_cuda else pass_factor(self._all_rates)
 
     def estimate(self, run: RunConfig, engine: Engine) -> MemoryPlan:

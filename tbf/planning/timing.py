@@ -67,10 +67,8 @@ def step_time(
     """`rates`: of the processor that trains, for one of its ranks; None on a card. `slowdown`: of operators without
     products in a pass, against one by one. `network`: bytes per second between ranks, and seconds that a message takes.
     Nothing is taken to overlap: a looped layer's gradients come last."""
-    fp32 = int8 = memory = launches = 0.0
-    for work in (activations.forward, activations.backward):
-        parts = cpu_seconds(work, rates) if rates else card_seconds(work, device)
-        fp32, int8, memory, launches = (a + b for a, b in zip((fp32, int8, memory, launches), parts))
+    work = activations.forward + activations.backward
+    fp32, int8, memory, launches = cpu_seconds(work, rates) if rates else card_seconds(work, device)
     memory, launches = slowdown * memory, slowdown * launches
     micro = engine.accumulation
     handed, updated = engine_bytes(engine, model.total, ranks)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tbf.planning.engine_state import FLOAT, Engine, ModelFacts, on_disk, shares
+from tbf.planning.engine_state import FLOAT, Engine, ModelFacts, on_disk, shares_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def step_traffic(
             to_host += share
     if engine.offload_param == "nvme":
         swapped = on_disk(model.sizes, engine.sub_group, ranks, engine.max_in_cpu)
-        nvme += (micro * per_micro + 1) * FLOAT * sum(shares(swapped, ranks))
+        nvme += (micro * per_micro + 1) * FLOAT * shares_of(swapped, ranks)
     if engine.offload_optimizer == "nvme":
         nvme += 2 * 3 * share + 2 * share
     if engine.cpu_checkpointing:

@@ -84,8 +84,8 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
 
 
 def _plain(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's number of the ZeRO stage as an int: Python before 3.11.4 pickles an enumeration's member as a call of
-    getattr, which no safe reader makes."""
+    """DeepSpeed's number of the ZeRO stage as an int: Python 3.11.0 to 3.11.3 pickles an enumeration's member as a
+    call of getattr, which no safe reader makes."""
     optimizer = state_dict.get("optimizer_state_dict")
     if isinstance(optimizer, dict) and isinstance(optimizer.get("zero_stage"), enum.Enum):
         optimizer = {**optimizer, "zero_stage": int(optimizer["zero_stage"].value)}

@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from torch import nn
-
 from tbf.errors import ConfigError, HardwareError
-from tbf.planning.engine_state import on_disk, shares
+from tbf.planning.engine_state import on_disk, share_of, shares_of
 from tbf.train.ds_keys import nvme_folders
 
 ALIGNED = 256
@@ -47,7 +45,7 @@ def check_nvme(config: Mapping[str, Any], groups: Sequence[Sequence[int]], ranks
 def _check_buffers(zero: Mapping[str, Any], groups: Sequence[Sequence[int]], ranks: int, swapped_from: int) -> None:
     block = zero["offload_param"]
     size, count = int(block.get("buffer_size", 10**8)), int(block.get("buffer_count", 5))
-    largest = max(shares([max(group) for group in groups if group], ranks))
+    largest = max(share_of(size, ranks) for group in groups for size in group)
     if largest > size and largest >= swapped_from:
         raise ConfigError(
             f"offload_param.buffer_size is {size:,}, but the largest parameter takes {largest:,} elements of a "
@@ -56,8 +54,8 @@ def _check_buffers(zero: Mapping[str, Any], groups: Sequence[Sequence[int]], ran
     kept, swapped = int(block.get("max_in_cpu", 10**9)), []
     for group in groups:
         limit = int(zero.get("sub_group_size", 10**9))
-        swapped += [size for size in on_disk(group, limit, ranks, kept) if -(-size // ranks) >= swapped_from]
-        kept = max(0, kept - sum(shares(group, ranks)))
+        swapped += [size for size in on_disk(group, limit, ranks, kept) if share_of(size, ranks) >= swapped_from]
+        kept = max(0, kept - shares_of(group, ranks))
     live = int(zero.get("stage3_max_live_parameters", 10**9)) + int(zero.get("stage3_prefetch_bucket_size", 5 * 10**7))
     room = max(live, int(zero.get("stage3_max_reuse_distance", 10**9)))  # what is used again so soon is not let go of
     at_once = min(len(swapped), sum(end <= room for end in accumulate(sorted(swapped))) + _OF_A_MODULE)
@@ -84,10 +82,10 @@ def align_groups(groups: Sequence[dict[str, Any]], config: Mapping[str, Any], ra
         return
     swapped = _swapped_from(config)
     for group in groups:
-        group["params"] = sorted(group["params"], key=lambda parameter: _share(parameter, ranks) % ALIGNED > 0)
+        group["params"] = sorted(group["params"], key=lambda weight: share_of(weight.numel(), ranks) % ALIGNED > 0)
         offset = 0
         for parameter in group["params"]:
-            share = _share(parameter, ranks)
+            share = share_of(parameter.numel(), ranks)
             if share >= swapped and offset % ALIGNED:
                 raise ConfigError(
                     f"offload_optimizer.device nvme: on {ranks} ranks a weight of {tuple(parameter.shape)} is cut into "
@@ -101,8 +99,3 @@ def align_groups(groups: Sequence[dict[str, Any]], config: Mapping[str, Any], ra
 def _swapped_from(config: Mapping[str, Any]) -> int:
     """Elements of FP32 from which on DeepSpeed moves a tensor."""
     return max(SMALLEST_SWAPPED, config.get("aio", {}).get("block_size", SMALLEST_SWAPPED)) // 4
-
-
-def _share(parameter: nn.Parameter, ranks: int) -> int:
-    """Elements of a parameter that a rank holds under ZeRO-3."""
-    return -(-getattr(parameter, "ds_numel", parameter.numel()) // ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import datetime
 import faulthandler
 import importlib.util
@@ -22,6 +23,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+needs_libaio = pytest.mark.skipif(
+    ctypes.util.find_library("aio") is None, reason="libaio is not installed (apt install libaio-dev)"
+)
 GRACE_S = 5.0  # that the other ranks have to report the failure of the first one
 
 

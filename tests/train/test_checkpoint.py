@@ -251,6 +251,20 @@ def test_deepspeeds_loader_cannot_be_made_to_run_code(tmp_path, monkeypatch):
     assert not Path("owned").exists()
 
 
+def test_no_saved_file_holds_an_enumeration(tmp_path):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from tbf.train.deepspeed_io import DurableCheckpointEngine
+
+    path, state = tmp_path / "optim_states.pt", {"zero_stage": ZeroStageEnum.gradients, "loss_scaler": None}
+    engine = DurableCheckpointEngine()
+    engine.save({"optimizer_state_dict": state, "ds_version": "0"}, str(path))
+    assert engine.problem is None and type(state["zero_stage"]) is ZeroStageEnum
+    saved = torch.load(path, weights_only=True)
+    assert type(saved["optimizer_state_dict"]["zero_stage"]) is int
+    assert saved == {"optimizer_state_dict": {"zero_stage": 2, "loss_scaler": None}, "ds_version": "0"}
+
+
 def test_when_all_are_damaged_it_stops_rather_than_start_over(three):
     for folder in three.iterdir():
         (folder / "rng_rank0.pt").unlink() if folder.is_dir() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import gc
 import json
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from tbf.config import load_run_config
-from tests.helpers.gloo import deepspeed_on_gloo, run_distributed
+from tests.helpers.gloo import deepspeed_on_gloo, needs_libaio, run_distributed
 from tests.helpers.runs import TINY
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -108,7 +107,7 @@ def test_every_shipped_config_steps(tmp_path):
 
 
 @pytest.mark.slow  # compiles DeepSpeed's async_io once
-@pytest.mark.skipif(ctypes.util.find_library("aio") is None, reason="libaio is not installed (apt install libaio-dev)")
+@needs_libaio
 def test_nvme_offload_takes_steps(tmp_path):
     """On a model whose weights and moments are large enough for DeepSpeed to move: from a megabyte on."""
     paths, changes = [str(FOLDER / "p40_zero3.json")], [*_settings(), "model.hidden_size=256"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,7 @@ from torch import nn
 from tbf.errors import ConfigError, HardwareError
 from tbf.train.ds_keys import nvme_folders
 from tbf.train.nvme import ALIGNED, align_groups, check_nvme
-from tests.helpers.gloo import deepspeed_on_gloo, run_distributed
+from tests.helpers.gloo import deepspeed_on_gloo, needs_libaio, run_distributed
 
 ODD, LARGE = 35, (512, 600)  # elements; the second is more than the megabyte from which on gradients go to the disk
 
@@ -130,7 +128,7 @@ def steps_of(rank, world_size, folder):
 
 
 @pytest.mark.slow  # compiles DeepSpeed's async_io once
-@pytest.mark.skipif(ctypes.util.find_library("aio") is None, reason="libaio is not installed (apt install libaio-dev)")
+@needs_libaio
 def test_deepspeed_reads_gradients_back_in_our_order_only(tmp_path):
     """Where this is skipped on machines of all kinds, DeepSpeed is mended and `align_groups` may go."""
     [(host, as_found, aligned)] = run_distributed(steps_of, 1, str(tmp_path), timeout_s=600)
