@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import time
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from tbf.errors import EngineError, HardwareError, TbfError, first_line
 from tbf.hardware.probe import check_device, cuda_facts
 from tbf.train.environment import ProcessInfo
 from tbf.train.joining import join
+
+_LETTING_GO_S = 0.1
+"""For gloo's threads, which outlive their group where DeepSpeed keeps it, to free what they sent last: they need the
+interpreter for that, and abort the process (SIGABRT) when it is gone."""
 
 
 def start(
@@ -71,4 +76,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 def stop() -> None:
     """Leaves the process group."""
     if dist.is_initialized():
+        threads_hold_tensors = dist.get_backend() == "gloo"
         dist.destroy_process_group()
+        if threads_hold_tensors:
+            time.sleep(_LETTING_GO_S)

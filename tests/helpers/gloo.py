@@ -140,6 +140,9 @@ def _rank_main(
             faulthandler.cancel_dump_traceback_later()
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may still hold tensors; freeing them without an interpreter would abort the process
 
 
 def _free_port() -> int:
