@@ -38,6 +38,7 @@ from tbf.train.ds_config import EngineConfig, load_ds_config
 from tbf.train.ds_keys import nvme_folders
 from tbf.train.environment import ProcessInfo
 from tbf.train.finish import export_run_folder, print_summary
+from tbf.train.gloo_threads import calm_gloo
 from tbf.train.nvme import align_groups, check_nvme
 from tbf.train.optim import parameter_groups
 from tbf.train.preflight import Preflight
@@ -214,12 +215,13 @@ def build_engine(run: RunConfig, engine_config: EngineConfig, device: torch.devi
         check_nvme(engine_config.config, sizes, ranks)
     if run.model.use_bitnet:
         set_ternary_plan(model, choose_plan(device, ternary_shapes(model), say=say))
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=groups,
-        config=engine_config.config,
-        dist_init_required=False,
-    )
+    with calm_gloo():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=groups,
+            config=engine_config.config,
+            dist_init_required=False,
+        )
     return engine
 
 
