@@ -46,6 +46,11 @@ class Activations:
     """With recomputation."""
     source: str = "traced"
 
+    @property
+    def own(self) -> int:
+        """Of `peak`: what is neither gradients nor the engine's."""
+        return self.peak - self.waiting_gradients - self.handed
+
 
 def activations(
     tracer: PieceTracer,

@@ -31,6 +31,8 @@ WORKER_BYTES = int(0.3e9)
 """Of a process that prepares data."""
 FRAGMENTATION = 0.10
 """Of the activations, added: what an allocator loses between blocks of different sizes."""
+HEAP = 1.0
+"""The same where the processor trains: by glibc, which hands out tensors of all sizes from one heap."""
 CHECKPOINT_WEIGHTS, CHECKPOINT_STATE = 4, 12
 """Bytes per parameter of a saved checkpoint: the model's file (ZeRO-1 and 2), and the optimizer's shards."""
 TOKEN_BYTES = 2
@@ -216,8 +218,8 @@ class Planner:
         machine = self.machine
         facts = self._once(_facts, run.model, engine.persistence)
         memory = memory_by_place(items, pass_, machine.device.on_cuda)
-        kept = FLOAT * facts.total  # the weights before the engine took them over: freed, yet glibc keeps the memory
-        host = machine.gpus * (memory["host"] + kept + PROCESS_BYTES + run.data.num_workers * WORKER_BYTES)
+        heap = heap_bytes(facts, pass_, machine.device.on_cuda)
+        host = machine.gpus * (memory["host"] + heap + PROCESS_BYTES + run.data.num_workers * WORKER_BYTES)
         verdicts = [Verdict("host memory", host, machine.host_memory)]
         if machine.device.on_cuda:
             verdicts.insert(0, Verdict("GPU memory", memory["device"], machine.device.memory))
@@ -282,16 +284,19 @@ def _facts(config: UltraConfig, persistence: int) -> ModelFacts:
     return model_facts(build_meta(config), persistence)
 
 
+def heap_bytes(facts: ModelFacts, pass_: Activations, on_cuda: bool) -> int:
+    """What glibc, told to keep freed memory, holds of a rank's host memory beyond what is in use: the weights before
+    the engine took them over, and gaps."""
+    return FLOAT * facts.total + (0 if on_cuda else int(HEAP * pass_.own))
+
+
 def memory_by_place(items: list[Item], pass_: Activations, on_cuda: bool) -> dict[str, int]:
     """The most bytes that each place must hold at once. On the CPU, `host` holds what the device would."""
     totals: Counter[tuple[str, str]] = Counter()
     for item in items:
         place = "host" if item.place == "device" and not on_cuda else item.place
         totals[place, item.when] += item.bytes
-    during = {
-        "device": pass_.peak + int(FRAGMENTATION * (pass_.peak - pass_.waiting_gradients - pass_.handed)),
-        "host": pass_.host,
-    }
+    during = {"device": pass_.peak + int(FRAGMENTATION * pass_.own), "host": pass_.host}
     always = {"device": pass_.ternary_caches + CONTEXT_BYTES, "host": 0}
     if not on_cuda:
         during = {"device": 0, "host": pass_.peak + pass_.host}

@@ -60,12 +60,12 @@ def _memory(plan: Plan) -> list[str]:
     held: Counter[tuple[str, str, str]] = Counter()
     for item in plan.items:
         held[item.place, item.name, item.when] += item.bytes
-    own = pass_.peak - pass_.waiting_gradients - pass_.handed
-    held["device", f"activations, {pass_.source}: most at {pass_.peak_at}", "pass"] = own
+    held["device", f"activations, {pass_.source}: most at {pass_.peak_at}", "pass"] = pass_.own
     held["device", "gradients that wait for the other loops", "pass"] = pass_.waiting_gradients
     held["device", "ternary forms of the weights", "always"] = pass_.ternary_caches
     if on_cuda:
-        held["device", f"fragmentation, {FRAGMENTATION:.0%} of the activations", "pass"] = int(FRAGMENTATION * own)
+        lost = int(FRAGMENTATION * pass_.own)
+        held["device", f"fragmentation, {FRAGMENTATION:.0%} of the activations", "pass"] = lost
     held["host", "activations kept by cpu_checkpointing", "pass"] = pass_.host
     if on_cuda:
         held["device", "CUDA context and libraries", "always"] = CONTEXT_BYTES
@@ -81,6 +81,10 @@ def _memory(plan: Plan) -> list[str]:
         if rows and (on_cuda or place == "host"):
             lines.append(f"  {'at the worst moment' if on_cuda else 'both at the worst moment':74}"
                          f"{most[place] / 1e9:>9.2f}")  # fmt: skip
+    [needed] = [verdict.needed for verdict in plan.verdicts if verdict.resource == "host memory"]
+    beside = needed / plan.machine.gpus - most["host"]
+    lines.append(f"  {'beside it: Python, the loader, freed memory that the allocator keeps':74}"
+                 f"{beside / 1e9:>9.2f}")  # fmt: skip
     logits = f"{pass_.logits / 1e9:.2f} GB of logits; {pass_.kept / 1e9:.2f} GB kept for the backward"
     return [*lines, f"  (of the activations: {logits})"]
 

@@ -49,7 +49,7 @@ def test_what_fits_starts_without_a_trace(preflight, monkeypatch):
 
 
 def test_what_cannot_fit_is_refused_with_three_cures(preflight):
-    check = preflight(2 * GB, "train.micro_batch_size=64", "data.seq_len=512")
+    check = preflight(3 * GB, "train.micro_batch_size=64", "data.seq_len=512")
     with pytest.raises(HardwareError) as caught:
         check.check(lambda text: None)
     text = str(caught.value)
