@@ -51,7 +51,11 @@ def load_reshaped(engine: Any, folder: Path) -> None:
         for i, flat in enumerate(flats)
     ]
 
-    for key in ("fp32", *_MOMENTS):
+    stored = ("fp32", *_MOMENTS) if checkpoint.updates else ("fp32",)
+    for key in set(_MOMENTS) - set(stored):  # no update yet: DeepSpeed has not made them, or they are zeros
+        for target in targets:
+            target[key].zero_()
+    for key in stored:
         missing = set(parameters)
         for name, whole in checkpoint.optimizer_values(key):
             if name not in parameters:

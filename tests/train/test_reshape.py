@@ -126,6 +126,23 @@ def test_a_run_goes_on_in_another_shape(saved, ranks, cases):
         assert losses[-1] < losses[0]
 
 
+def before_any_update(rank, world_size, root):
+    """Losses of the first steps: straight, and from a checkpoint saved before them, in other shapes."""
+    engine, found = make_engine(1, {}, world_size), []
+    CheckpointStore(root / "untrained").save(engine, 0, {"step": 0}, rank, world_size)
+    for stage, zero in [(1, {}), (2, OFFLOADED), (3, {})]:
+        other = make_engine(stage, zero, world_size)
+        CheckpointStore(root / "untrained").load(other, "latest", rank, world_size)
+        found.append(train(other, range(5), rank, world_size))
+    return train(engine, range(5), rank, world_size), found
+
+
+def test_a_checkpoint_from_before_the_first_update_loads_too(tmp_path):
+    [(straight, found)] = run_distributed(before_any_update, 1, tmp_path)
+    for losses in found:
+        assert losses == pytest.approx(straight, abs=1e-5)
+
+
 def wrong_model(rank, world_size, root):
     engine = make_engine(2, {}, world_size)
     engine.module.config = SimpleNamespace(to_dict=lambda: {"hidden_size": 14})

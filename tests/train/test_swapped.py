@@ -91,11 +91,22 @@ def save_and_go_on(rank, world_size, folder):
     return found
 
 
-def resume(rank, world_size, folder, path, kind):
+def go_back_to_the_start(rank, world_size, folder):
+    """The first losses; the same after a rollback to a checkpoint from before them, and into a fresh engine."""
+    store, engine = CheckpointStore(folder / "checkpoints", fingerprint="f" * 64), make_engine(folder)
+    path = store.save(engine, 0, {}, rank, world_size)
+    found = [train(engine, range(3), rank)]
+    store.load(engine, path, rank, world_size)
+    found.append(train(engine, range(3), rank))
+    engine.destroy()
+    return [*found, resume(rank, world_size, folder, path, {}, range(3))]
+
+
+def resume(rank, world_size, folder, path, kind, steps=range(3, 6)):
     store = CheckpointStore(folder / "checkpoints", keep_last=9, fingerprint="f" * 64)
     engine = make_engine(folder, **kind)
     store.load(engine, path, rank, world_size)
-    return train(engine, range(3, 6), rank)
+    return train(engine, steps, rank)
 
 
 @pytest.mark.slow  # compiles DeepSpeed's async_io once
@@ -116,6 +127,13 @@ def test_a_run_on_nvme_resumes_bitwise(tmp_path, world_size):
         for name, (straight, again, *_) in rank.items():
             if "rolled back" in name:
                 assert again == straight, name
+
+
+@pytest.mark.slow
+@needs_libaio
+def test_a_run_goes_back_to_before_its_first_update(tmp_path):
+    [(straight, again, fresh)] = run_distributed(go_back_to_the_start, 1, tmp_path, timeout_s=600)
+    assert again == straight and fresh == straight
 
 
 @pytest.mark.slow
