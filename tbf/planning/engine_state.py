@@ -6,7 +6,7 @@ assume 16-bit weights and are off by two here. Bytes for P parameters and N data
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ _DEFAULT_BUCKET = 500_000_000
 _DEFAULT_SUBGROUP, _DEFAULT_LIVE, _DEFAULT_PREFETCH, _DEFAULT_PERSISTENT = 10**9, 10**9, 5 * 10**7, 10**5
 _REDUCTION_BUCKET = "reduction bucket"
 _NORM = "largest gradient in FP64, for its norm"
+_SCATTERED = "gradients being scattered"
 _PARAM_BUFFERS, _PARAM_BUFFER_SIZE, _OPTIMIZER_BUFFERS, _MAX_IN_CPU = 5, 10**8, 4, 10**9
 
 
@@ -113,8 +114,8 @@ class Reduction:
     """Complete gradients that start a reduction."""
     fills: int = 0
     """The most of the bucket that takes memory only as it fills."""
-    norm: int = 0
-    """For a moment in each reduction."""
+    moment: int = 0
+    """While each reduction is under way."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ def engine_items(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -
 def reduction(items: list[Item], engine: Engine) -> Reduction:
     """Of `engine_items`, what comes as gradients are handed over."""
     sizes = {item.name: item.bytes for item in items if item.when == "handed"}
-    return Reduction(FLOAT * engine.reduce_bucket, sizes.get(_REDUCTION_BUCKET, 0), sizes.get(_NORM, 0))
+    return Reduction(
+        FLOAT * engine.reduce_bucket, sizes.get(_REDUCTION_BUCKET, 0), sizes.get(_NORM, 0) + sizes.get(_SCATTERED, 0)
+    )
 
 
 def _zero12(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list[Item]:
@@ -208,7 +211,11 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
         return Item(name, "host", _pinned(size) if pin else size, when)
 
     bucket = _bucket(model, engine, on_cuda)
-    items = [Item(_REDUCTION_BUCKET, "device", bucket)]
+    once = model.total <= engine.reduce_bucket  # one reduction, when the activations are gone
+    items = [
+        Item(_REDUCTION_BUCKET, "device", bucket),
+        Item(_SCATTERED, "device", FLOAT * _fullest_bucket(model.sizes, engine), "reduce" if once else "handed"),
+    ]
     if engine.offload_param == "none":
         items.append(Item("weights (this rank's share)", "device", share))
     elif engine.offload_param == "cpu":
@@ -228,11 +235,8 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
         items.append(Item("gathered weights", "device", FLOAT * live, "pass"))
         if model.total > engine.max_live:  # else all of them lie there by the time that needs the most
             items.append(Item("weights being gathered", "device", FLOAT * min(engine.prefetch, model.total), "pass"))
-        if ranks > 1 and model.total <= engine.reduce_bucket:  # one reduction, once the activations are gone
+        if ranks > 1 and once:
             items.append(Item("gathered weights", "device", FLOAT * live, "reduce"))
-            items.append(Item("gradients being scattered", "device", bucket, "reduce"))
-        elif ranks > 1:
-            items.append(Item("gradients being scattered", "device", bucket, "pass"))
     if engine.offload_optimizer == "none":
         items += [
             Item("master weights", "device", share),
@@ -244,8 +248,6 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
     elif engine.offload_optimizer == "cpu":
         names = ("master weights", "gradients for Adam", "gradients", "Adam moments", "Adam moments")
         items += [host(name, share) for name in names]
-        when = "reduce" if model.total <= engine.reduce_bucket else "handed"
-        items.append(Item(_NORM, "device", 2 * FLOAT * model.largest // ranks, when))
     else:
         items += [
             host("gradients", share),
@@ -255,6 +257,8 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
         if engine.pipelined:  # as the first step made them; the second one lets go
             moments = "Adam moments, until the second step"
             items += [host(moments, 2 * share, when) for when in ("pass", "reduce", "step")]
+    if engine.offload_optimizer != "none":
+        items.append(Item(_NORM, "device", 2 * FLOAT * model.largest // ranks, "reduce" if once else "handed"))
     return items
 
 
@@ -302,6 +306,17 @@ def _bucket(model: ModelFacts, engine: Engine, on_cuda: bool) -> int:
     """On a card the whole bucket; host memory that no gradient reaches is never touched, so it takes no room."""
     size = engine.reduce_bucket if on_cuda else min(engine.reduce_bucket, model.total)
     return FLOAT * size * (2 if engine.overlap_comm and on_cuda and engine.stage < 3 else 1)
+
+
+def _fullest_bucket(sizes: Sequence[int], engine: Engine) -> int:
+    """Elements of the fullest reduction bucket with several gradients, which ZeRO-3 copies into one. They come in
+    about the reverse order of the parameters."""
+    buckets: list[list[int]] = [[]]
+    for size in reversed(sizes):
+        if buckets[-1] and sum(buckets[-1]) + size > engine.reduce_bucket:
+            buckets.append([])
+        buckets[-1].append(size)
+    return max(sum(bucket) if len(bucket) > 1 else 0 for bucket in buckets)
 
 
 def _adam_temporaries(engine: Engine, on_cuda: bool) -> int:

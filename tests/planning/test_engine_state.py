@@ -111,15 +111,25 @@ def test_ranks_share_the_optimizer_but_not_zero2s_weights():
     assert held(2, 4, "host") <= held(2, 1, "host") / 3.7
 
 
-def test_ranks_of_zero3_scatter_while_activations_lie_there_only_where_a_bucket_fills_before_the_end():
-    def held(bucket, live, when):
-        items = engine_items(FACTS, Engine(3, "cpu", "cpu", reduce_bucket=bucket, max_live=live), 2, on_cuda=False)
-        return {item.name for item in items if item.when == when}
+def zero3_items(when, bucket, live=P, sizes=FACTS.sizes, ranks=2):
+    facts = dataclasses.replace(FACTS, sizes=sizes)
+    items = engine_items(facts, Engine(3, "cpu", "cpu", reduce_bucket=bucket, max_live=live), ranks, on_cuda=False)
+    return {item.name: item.bytes for item in items if item.when == when}
 
-    scattered, gathering = "gradients being scattered", "weights being gathered"
-    assert scattered in held(BUCKET, P, "pass") and scattered not in held(BUCKET, P, "reduce")
-    assert scattered in held(2 * P, P, "reduce") and scattered not in held(2 * P, P, "pass")
-    assert gathering in held(BUCKET, P // 2, "pass") and gathering not in held(BUCKET, P, "pass")
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_zero3_scatters_while_activations_lie_there_only_where_a_bucket_fills_before_the_end(ranks):
+    scattered, sizes = "gradients being scattered", (10_000,) * 5
+    before, after = (zero3_items(when, 25_000, sizes=sizes, ranks=ranks) for when in ("handed", "reduce"))
+    assert before[scattered] == 4 * 20_000 and scattered not in after
+    before, after = (zero3_items(when, 2 * P, sizes=sizes, ranks=ranks) for when in ("handed", "reduce"))
+    assert after[scattered] == 4 * 50_000 and scattered not in before
+    assert scattered not in zero3_items("handed", 15_000, sizes=sizes, ranks=ranks)  # each goes alone, uncopied
+
+
+def test_ranks_of_zero3_gather_ahead_where_not_all_weights_may_stay():
+    gathering = "weights being gathered"
+    assert gathering in zero3_items("pass", BUCKET, live=P // 2) and gathering not in zero3_items("pass", BUCKET)
 
 
 def test_nvme_holds_what_the_host_would():
