@@ -113,7 +113,7 @@ def planned(case: Case, folder: Path) -> dict[str, float]:
     from tbf.hardware.cpu_rates import cpu_rates
     from tbf.planning.calibration import pass_factor
     from tbf.planning.machine import choose_machine
-    from tbf.planning.plan import Planner, heap_bytes, memory_by_place
+    from tbf.planning.plan import PROCESS_BYTES, Planner, memory_by_place
 
     run, config = resolve(case, folder)
     machine = choose_machine("cpu", gpus=case.ranks)
@@ -124,7 +124,7 @@ def planned(case: Case, folder: Path) -> dict[str, float]:
     held = (item.bytes for item in plan.items if item.when == "always" and item.place != "nvme")
     state = sum(held) + plan.activations.ternary_caches
     peak = memory_by_place(plan.items, plan.activations, on_cuda=False)["host"]
-    as_run = peak + heap_bytes(plan.facts, plan.activations, on_cuda=False)
+    as_run = peak + sum(plan.beside.values()) - PROCESS_BYTES  # which is in what is compared with
     parts = {name: seconds for name, seconds in vars(plan.time).items() if seconds}
     return {
         "parameters": plan.facts.total,

@@ -83,12 +83,14 @@ def other_details(run: RunConfig, engine: Engine) -> Iterator[Change]:
 
 
 def write_up(old: tuple[RunConfig, Engine], new: tuple[RunConfig, Engine]) -> list[str]:
-    """The lines to change: `ds_config: key = value` and `--set section.key=value`."""
+    """The lines to change: `ds_config: key = value`, `ds_config: remove key` and `--set section.key=value`."""
     (old_run, old_engine), (new_run, new_engine) = old, new
-    lines = []
+    crosses = (old_engine.stage == 3) != (new_engine.stage == 3)
+    removed = [f"zero_optimization.{key}" for key in old_engine.stage_keys] if crosses else []
+    lines = [f"ds_config: remove {key}" for key in removed]
     for field, key in _DS_KEYS.items():
         value = getattr(new_engine, field)
-        if value != getattr(old_engine, field):
+        if value != getattr(old_engine, field) and not key.startswith(tuple(removed)):
             lines.append(f"ds_config: {key} = {_json(value)}")
     for place in ("offload_optimizer", "offload_param"):
         if getattr(new_engine, place) == "nvme" and not old_engine.nvme_path:
@@ -107,6 +109,7 @@ _DS_KEYS = {
     "prefetch": "zero_optimization.stage3_prefetch_bucket_size",
     "sub_group": "zero_optimization.sub_group_size",
     "reduce_bucket": "zero_optimization.reduce_bucket_size",
+    "torch_adam": "optimizer.params.torch_adam",
     "granularity": "activation_checkpointing.granularity",
     "cpu_checkpointing": "activation_checkpointing.cpu_checkpointing",
 }

@@ -64,6 +64,8 @@ class Engine:
     pipelined: bool = False
     """Whether the optimizer reads or writes one group on NVMe while it updates another."""
     nvme_path: str = ""
+    stage_keys: tuple[str, ...] = ()
+    """Of zero_optimization, what the ds_config states and would have to lose on the other side of stage 3."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], granularity: str, cpu_checkpointing: bool) -> Engine:
@@ -222,7 +224,7 @@ def _zero3(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list
         items.append(host("weights (this rank's share)", share, pin=on_cuda))
     else:
         buffers = FLOAT * engine.param_buffers * engine.param_buffer_size
-        kept = FLOAT * min(engine.max_in_cpu, model.total // ranks)
+        kept = min(share, FLOAT * engine.max_in_cpu)
         items += [
             Item("weights", "nvme", share),
             host("buffers for weights on NVMe", buffers, pin=on_cuda),

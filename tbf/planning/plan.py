@@ -31,8 +31,9 @@ WORKER_BYTES = int(0.3e9)
 """Of a process that prepares data."""
 FRAGMENTATION = 0.10
 """Of the activations, added: what an allocator loses between blocks of different sizes."""
-HEAP = 1.0
-"""The same where the processor trains: by glibc, which hands out tensors of all sizes from one heap."""
+HEAP_KEPT, HEAP_PASSING = 0.7, 2.0
+"""The same where the processor trains, as measured, of activations that are kept for the backward and of those that
+come and go: glibc hands out tensors of all sizes from one heap."""
 CHECKPOINT_WEIGHTS, CHECKPOINT_STATE = 4, 12
 """Bytes per parameter of a saved checkpoint: the model's file (ZeRO-1 and 2), and the optimizer's shards."""
 TOKEN_BYTES = 2
@@ -83,6 +84,7 @@ class MemoryPlan:
 
     items: list[Item]
     activations: Activations
+    beside: dict[str, int]
     verdicts: list[Verdict]
 
     @property
@@ -102,6 +104,8 @@ class Plan:
     facts: ModelFacts = field(repr=False)
     items: list[Item] = field(repr=False)
     activations: Activations = field(repr=False)
+    beside: dict[str, int]
+    """In host memory too, by name: what is neither the engine's nor activations."""
     traffic: Traffic
     time: StepTime
     flops_per_token: float
@@ -134,6 +138,7 @@ class Plan:
             "parameters": self.parameters,
             "state": [asdict(item) for item in self.items],
             "activations": acts,
+            "beside": self.beside,
             "memory": memory_by_place(self.items, self.activations, self.machine.device.on_cuda),
             "traffic": asdict(self.traffic),
             "step_seconds": {**asdict(self.time), "total": self.time.total},
@@ -205,8 +210,8 @@ class Planner:
         parts = self._once(parameters_by_part, config)
         flops = self._once(training_flops_per_token, config, shape.tokens, shape.slots / shape.tokens)
         plan = Plan(
-            run.preset, machine, engine, shape, parts, facts, memory.items, pass_, traffic, seconds, flops,
-            checkpoint, kept * checkpoint + data, [],
+            run.preset, machine, engine, shape, parts, facts, memory.items, pass_, memory.beside, traffic,
+            seconds, flops, checkpoint, kept * checkpoint + data, [],
         )  # fmt: skip
         verdicts = list(memory.verdicts)
         if machine.disk is not None:
@@ -218,12 +223,18 @@ class Planner:
         machine = self.machine
         facts = self._once(_facts, run.model, engine.persistence)
         memory = memory_by_place(items, pass_, machine.device.on_cuda)
-        heap = heap_bytes(facts, pass_, machine.device.on_cuda)
-        host = machine.gpus * (memory["host"] + heap + PROCESS_BYTES + run.data.num_workers * WORKER_BYTES)
+        beside = {
+            "Python, torch and DeepSpeed": PROCESS_BYTES,
+            "workers of the loader": run.data.num_workers * WORKER_BYTES,
+            # glibc is told to keep freed memory
+            "weights of the model as built, freed": FLOAT * facts.total,
+            "gaps in the heap": 0 if machine.device.on_cuda else heap_gaps(pass_),
+        }
+        host = machine.gpus * (memory["host"] + sum(beside.values()))
         verdicts = [Verdict("host memory", host, machine.host_memory)]
         if machine.device.on_cuda:
             verdicts.insert(0, Verdict("GPU memory", memory["device"], machine.device.memory))
-        return MemoryPlan(items, pass_, verdicts)
+        return MemoryPlan(items, pass_, beside, verdicts)
 
     def _items(self, run: RunConfig, engine: Engine) -> list[Item]:
         facts = self._once(_facts, run.model, engine.persistence)
@@ -284,10 +295,10 @@ def _facts(config: UltraConfig, persistence: int) -> ModelFacts:
     return model_facts(build_meta(config), persistence)
 
 
-def heap_bytes(facts: ModelFacts, pass_: Activations, on_cuda: bool) -> int:
-    """What glibc, told to keep freed memory, holds of a rank's host memory beyond what is in use: the weights before
-    the engine took them over, and gaps."""
-    return FLOAT * facts.total + (0 if on_cuda else int(HEAP * pass_.own))
+def heap_gaps(pass_: Activations) -> int:
+    """Bytes that lie unused between the activations in glibc's heap."""
+    kept = min(pass_.kept, pass_.own)
+    return int(HEAP_KEPT * kept + HEAP_PASSING * (pass_.own - kept))
 
 
 def memory_by_place(items: list[Item], pass_: Activations, on_cuda: bool) -> dict[str, int]:

@@ -37,7 +37,8 @@ class Relief:
 
 
 def reliefs(planner: Planner, run: RunConfig, engine: Engine, resource: str, count: int = 3) -> list[Relief]:
-    """At most `count` single changes that lessen the need of `resource`, those that make everything fit first."""
+    """At most `count` single changes that lessen the need of `resource`, those that make everything fit first,
+    then those that save most."""
     now = _verdict(planner.estimate(run, engine), resource)
     found = []
     for changes in _KINDS:
@@ -48,7 +49,7 @@ def reliefs(planner: Planner, run: RunConfig, engine: Engine, resource: str, cou
         if less:
             smallest = min(less, key=lambda each: _verdict(each[1], resource).needed)
             found.append(enough[0] if enough else smallest)
-    found.sort(key=lambda each: not each[1].fits)
+    found.sort(key=lambda each: (not each[1].fits, 0 if each[1].fits else _verdict(each[1], resource).needed))
     return [
         Relief(change, write_up((run, engine), (change.run, change.engine)), _verdict(plan, resource).needed)
         for change, plan in found[:count]

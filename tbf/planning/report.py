@@ -67,9 +67,12 @@ def _memory(plan: Plan) -> list[str]:
         lost = int(FRAGMENTATION * pass_.own)
         held["device", f"fragmentation, {FRAGMENTATION:.0%} of the activations", "pass"] = lost
     held["host", "activations kept by cpu_checkpointing", "pass"] = pass_.host
+    for name, size in plan.beside.items():
+        held["host", name, "always"] = size
     if on_cuda:
         held["device", "CUDA context and libraries", "always"] = CONTEXT_BYTES
     most = memory_by_place(plan.items, pass_, on_cuda)
+    most["host"] += sum(plan.beside.values())
     titles = {"device": "GPU memory of each card", "host": "host memory of each rank", "nvme": "NVMe of each rank"}
     if not on_cuda:
         titles = {"device": "memory of each rank: what a card would hold", "host": "and what its host would hold"}
@@ -81,10 +84,6 @@ def _memory(plan: Plan) -> list[str]:
         if rows and (on_cuda or place == "host"):
             lines.append(f"  {'at the worst moment' if on_cuda else 'both at the worst moment':74}"
                          f"{most[place] / 1e9:>9.2f}")  # fmt: skip
-    [needed] = [verdict.needed for verdict in plan.verdicts if verdict.resource == "host memory"]
-    beside = needed / plan.machine.gpus - most["host"]
-    lines.append(f"  {'beside it: Python, the loader, freed memory that the allocator keeps':74}"
-                 f"{beside / 1e9:>9.2f}")  # fmt: skip
     logits = f"{pass_.logits / 1e9:.2f} GB of logits; {pass_.kept / 1e9:.2f} GB kept for the backward"
     return [*lines, f"  (of the activations: {logits})"]
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tbf.config import RunConfig
 from tbf.errors import ConfigError
 from tbf.planning.engine_state import Engine
-from tbf.train.ds_keys import check_checkpointing_keys, check_keys
+from tbf.train.ds_keys import ZERO_3, ZERO_BELOW_3, check_checkpointing_keys, check_keys
 
 GRANULARITIES = ("none", "layer", "loop")
 
@@ -47,7 +47,9 @@ class EngineConfig:
 
     def as_planned(self) -> Engine:
         """What the planner reads from it. Raises ConfigError for options that contradict each other."""
-        return Engine.from_config(self.config, self.checkpointing.granularity, self.checkpointing.on_host)
+        engine = Engine.from_config(self.config, self.checkpointing.granularity, self.checkpointing.on_host)
+        stated = set(self.config["zero_optimization"]) & (ZERO_3 if self.stage == 3 else ZERO_BELOW_3)
+        return replace(engine, stage_keys=tuple(sorted(stated)))
 
 
 def load_ds_config(

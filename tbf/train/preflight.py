@@ -85,7 +85,7 @@ class Preflight:
         where = "a node" if short.resource == "host memory" else "a card"
         return plan, (
             f"{self.run.preset} needs {short.needed / 1e9:.2f} GB of {short.resource}, and {where} has "
-            f"{short.available / 1e9:.2f} GB free ({_largest(plan)}). {self._advice(short.resource)}"
+            f"{short.available / 1e9:.2f} GB free ({_largest(plan, short.resource)}). {self._advice(short.resource)}"
         )
 
     def _room(self) -> Room:
@@ -128,7 +128,8 @@ class Preflight:
         return (
             f"rank {self.process.rank} ran out of {resource}: {_asked(error)}, {self._free_now(resource)}. "
             f"The plan ({source}) counted {verdict.needed / 1e9:.2f} GB{_share(resource, self.process)}, of "
-            f"{verdict.available / 1e9:.2f} free at the start ({_largest(self.memory)}). {self._advice(resource)}"
+            f"{verdict.available / 1e9:.2f} free at the start ({_largest(self.memory, resource)}). "
+            f"{self._advice(resource)}"
         )
 
     def _free_now(self, resource: str) -> str:
@@ -168,13 +169,13 @@ def _asked(error: BaseException) -> str:
     return f"{int(count) / 1e9:.2f} GB were asked for" if unit == "bytes" else f"{amount} were asked for"
 
 
-def _largest(plan: MemoryPlan, count: int = 3) -> str:
+def _largest(plan: MemoryPlan, resource: str, count: int = 3) -> str:
     """The largest parts of a rank's plan."""
-    parts: dict[str, int] = {}
+    parts = dict(plan.beside) if resource == "host memory" else {}
     for item in plan.items:
         if item.when not in ("start", "handed"):
             parts[item.name] = parts.get(item.name, 0) + item.bytes
     pass_ = plan.activations
-    parts[f"activations, most at {pass_.peak_at}"] = pass_.peak - pass_.waiting_gradients - pass_.handed
+    parts[f"activations, most at {pass_.peak_at}"] = pass_.own
     largest = sorted(parts.items(), key=lambda part: -part[1])[:count]
     return "for each rank " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in largest) + " GB"
