@@ -29,8 +29,9 @@ def row(planner: Planner, preset: str, path: Path) -> dict[str, Any]:
     run = run.replace(model={"vocab_size": run.data.wanted_vocab_size})
     plan = planner.plan(run, resolved.as_planned())
     places = memory_by_place(plan.items, plan.activations, plan.machine.device.on_cuda)
+    [host] = [verdict.needed for verdict in plan.verdicts if verdict.resource == "host memory"]
     return {
-        "preset": preset, "ds_config": path.name, "card": places["device"], "host": places["host"],
+        "preset": preset, "ds_config": path.name, "card": places["device"], "host": host,
         "nvme": places["nvme"], "pcie": plan.traffic.to_host + plan.traffic.to_device, "seconds": plan.time.total,
         "lacks": [verdict.resource for verdict in plan.verdicts if not verdict.fits],
     }  # fmt: skip

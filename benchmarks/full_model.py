@@ -86,7 +86,7 @@ def main() -> int:
     if arguments.quick:
         arguments.preset, arguments.seq_len = "mini", 64
     settings = [f"train.micro_batch_size={arguments.rows}", f"data.seq_len={arguments.seq_len}"]
-    settings.append("train.gradient_accumulation_steps=1")
+    settings += ["train.gradient_accumulation_steps=1", "data.num_workers=0"]
     run = load_run_config(arguments.preset, [*settings, *arguments.overrides])
     process = discover_process()
     threads = set_threads(process)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from typing import Any
 
@@ -46,6 +47,7 @@ def register(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from tbf.config import load_run_config
+    from tbf.errors import ConfigError
     from tbf.planning.changes import write_up
     from tbf.planning.machine import choose_machine
     from tbf.planning.plan import Planner
@@ -53,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     from tbf.planning.search import suggest, with_cures
     from tbf.train.ds_config import load_ds_config
 
+    if arguments.tokens is not None and not 0 < arguments.tokens < math.inf:
+        raise ConfigError(f"--tokens is {arguments.tokens}; give the length of the training, e.g. 1e9")
     machine = choose_machine(
         arguments.gpu, gpus=arguments.gpus, nodes=arguments.nodes, host_gb=arguments.host_ram, disk_gb=arguments.disk,
         network_gbit=arguments.network, latency_ms=arguments.latency,
@@ -69,6 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     found = suggest(planner, settings, engine) if arguments.suggest else None
     if arguments.json:
         result = plan.to_dict()
+        if arguments.tokens:
+            result |= {"tokens": arguments.tokens, "days": arguments.tokens / plan.tokens_per_day}
         if found is not None:
             change, best = found
             changes = write_up((settings, engine), (change.run, change.engine))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import psutil
@@ -28,10 +29,11 @@ def choose_machine(
     Raises ConfigError for an unknown card or counts below one, HardwareError when `auto` finds a card that the table
     doesn't know.
     """
-    for name, value in (("--gpus", gpus), ("--nodes", nodes), ("--host-ram", host_gb), ("--network", network_gbit)):
-        if value is not None and value <= 0:
+    counts = {"--gpus": gpus, "--nodes": nodes, "--host-ram": host_gb, "--disk": disk_gb, "--network": network_gbit}
+    for name, value in counts.items():
+        if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{name} is {value}; it must be above 0")
-    if latency_ms < 0:
+    if not 0 <= latency_ms < math.inf:
         raise ConfigError(f"--latency is {latency_ms}; give milliseconds, e.g. 0.1")
     device, found = detect_device() if gpu == "auto" else (find_device(gpu), 1)
     gpus = gpus or found

@@ -95,8 +95,6 @@ def _with_explicit_values(raw: dict[str, Any], run: RunConfig, where: str, expli
     if optimizer.get("type", "AdamW") != "AdamW":
         raise ConfigError(f"{where}: optimizer.type is {optimizer['type']!r}; tbf trains with AdamW")
     params = optimizer.get("params", {})
-    if "max_grad_norm" in params:
-        raise ConfigError(f"{where}: optimizer.params.max_grad_norm is not DeepSpeed's; use gradient_clipping")
     stated = {
         "micro_batch_size": ("train_micro_batch_size_per_gpu", raw.get("train_micro_batch_size_per_gpu", "auto")),
         "gradient_accumulation_steps": (

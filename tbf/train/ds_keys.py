@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tbf.errors import ConfigError, nearest
+from tbf.train.ds_values import check_values
 
 TOP = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -64,6 +65,19 @@ ZERO_REFUSED = {
     "leaf_module": "experts are stacked in one parameter, so no module needs to be a leaf",
     "save_muon_momentum_buffer_in_memory": "tbf trains with AdamW",
 }
+OPTIMIZER_PARAMS = {"lr", "betas", "eps", "weight_decay", "torch_adam"}
+AIO = {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"}
+OFFLOAD = {
+    "offload_optimizer": {
+        "device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init", "ratio",
+    },
+    "offload_param": {"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"},
+}  # fmt: skip
+_PARAMS_REFUSED = {"max_grad_norm": "it is not DeepSpeed's; use gradient_clipping"}
+OFFLOAD_REFUSED = {
+    "super_offload": "it is made for cards that share memory with the host",
+    "cpuadam_cores_perc": "it belongs to super_offload",
+}
 PIPELINE_BUFFERS = 12
 """Of a sub-group's size: weights, gradients and two moments of those that are read, updated and written."""
 CHECKPOINTING_REFUSED = {
@@ -77,14 +91,21 @@ CHECKPOINTING_REFUSED = {
 
 def check_keys(raw: Mapping[str, Any], where: str) -> None:
     """Raises ConfigError at the first key of a ds_config that would do nothing, or harm; names the cure."""
+    check_values(raw, where)
     _check(raw, "", TOP, TOP_REFUSED, where)
+    _check(raw.get("aio", {}), "aio.", AIO, {}, where)
+    optimizer = raw.get("optimizer", {})
+    _check(optimizer, "optimizer.", {"type", "params"}, {}, where)
+    _check(optimizer.get("params", {}), "optimizer.params.", OPTIMIZER_PARAMS, _PARAMS_REFUSED, where)
     zero = raw.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     for key in sorted(set(zero) & (ZERO_3 if stage != 3 else ZERO_BELOW_3)):
         raise ConfigError(f"{where}: zero_optimization.{key} does nothing at stage {stage}; remove it")
     _check(zero, "zero_optimization.", ZERO | ZERO_BELOW_3 | ZERO_3, ZERO_REFUSED, where)
-    for block in ("offload_optimizer", "offload_param"):
-        _check_offload(zero.get(block) or {}, f"zero_optimization.{block}", stage, where)
+    for name, known in OFFLOAD.items():
+        block = zero.get(name) or {}
+        _check(block, f"zero_optimization.{name}.", known, OFFLOAD_REFUSED, where)
+        _check_offload(block, f"zero_optimization.{name}", stage, where)
 
 
 def check_checkpointing_keys(block: Mapping[str, Any], where: str) -> None:
@@ -92,9 +113,6 @@ def check_checkpointing_keys(block: Mapping[str, Any], where: str) -> None:
     on = {key: value for key, value in block.items() if value or key not in CHECKPOINTING_REFUSED}
     known = {"granularity", "cpu_checkpointing"}
     _check(on, "activation_checkpointing.", known, CHECKPOINTING_REFUSED, where)
-    if not isinstance(block.get("cpu_checkpointing", False), bool):
-        value = block["cpu_checkpointing"]
-        raise ConfigError(f"{where}: activation_checkpointing.cpu_checkpointing is {value!r}; write true or false")
 
 
 def nvme_folders(config: Mapping[str, Any]) -> list[Path]:
@@ -118,12 +136,6 @@ def _check_offload(block: Mapping[str, Any], name: str, stage: int, where: str) 
             f"{where}: {name}.buffer_count is {block.get('buffer_count', 4)}, with which pipelining dies in the first "
             f"step of a model of several sub-groups; set it to {PIPELINE_BUFFERS}, or both pipeline_* to false"
         )
-    for key, reason in (
-        ("super_offload", "it is made for cards that share memory with the host"),
-        ("cpuadam_cores_perc", "it belongs to super_offload"),
-    ):
-        if key in block:
-            raise ConfigError(f"{where}: {name}.{key} is not supported: {reason}; remove it")
 
 
 def _check(block: Mapping[str, Any], prefix: str, known: Iterable[str], refused: Mapping[str, str], where: str) -> None:

@@ -54,7 +54,16 @@ def test_a_suggestion_keeps_the_global_batch_and_is_no_slower():
 @pytest.mark.parametrize(("ram", "code"), [("128", 0), ("0.1", 5)])
 def test_the_verb_leaves_5_when_it_does_not_fit(capsys, ram, code):
     line = ["plan", "mini", "--ds_config", "ds_configs/p40_zero2.json", "--host-ram", ram, "--seq-len", "32", "--json"]
+    line += ["--tokens", "1e9"]
     assert main([*line, "--micro-batch", "1", "--set", "model.num_layers=1"]) == code
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"] is (code == 0)
     assert plan["shape"]["tokens"] == 32 and plan["memory"]["device"] > 0
+    assert plan["days"] * plan["tokens_per_day"] == pytest.approx(plan["tokens"]) == 1e9
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--nodes", "--host-ram", "--disk", "--network", "--tokens"])
+@pytest.mark.parametrize("value", ["0", "-5"])
+def test_sizes_that_cannot_be_are_refused(capsys, option, value):
+    assert main(["plan", "mini", "--ds_config", "ds_configs/p40_zero2.json", option, value]) == 2
+    assert f"{option} is {value}" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 
 from tbf.config import load_run_config
 from tbf.errors import ConfigError
-from tbf.train import ds_keys
+from tbf.train import ds_keys, ds_values
 from tbf.train.ds_config import ActivationCheckpointing, load_ds_config
 
 BASE = {"zero_optimization": {"stage": 2}}
@@ -96,6 +96,25 @@ def test_two_explicit_values_that_differ_are_refused(resolve):
             },
             "buffer_count is 4, with which",
         ),
+        ({"zero_optimization": [1]}, "zero_optimization is [1]; give an object"),
+        ({"zero_optimization": None}, "zero_optimization is None; give an object"),
+        ({**BASE, "optimizer": []}, "optimizer is []; give an object"),
+        ({**BASE, "optimizer": {"params": []}}, "optimizer.params is []; give an object"),
+        ({**BASE, "activation_checkpointing": "layer"}, "activation_checkpointing is 'layer'; give an object"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer is 'cpu'; give an object"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "5e7"}}, "give a whole number of at least 1"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, "reduce_bucket_size is 0; give a whole number"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": 0.5}}, "sub_group_size is 0.5; give a whole number"),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": "false"}}, "overlap_comm is 'false'; write true or false"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memroy": True}}},
+            "'zero_optimization.offload_optimizer.pin_memroy'; did you mean 'pin_memory'",
+        ),
+        ({**BASE, "aio": {"queue_dept": 8}}, "'aio.queue_dept'; did you mean 'queue_depth'"),
+        ({**BASE, "optimizer": {"momentum": 0.9}}, "unknown key 'optimizer.momentum'"),
+        ({**BASE, "optimizer": {"params": {"momentum": 0.9}}}, "unknown key 'optimizer.params.momentum'"),
+        ({**BASE, "communication_data_type": "fp16"}, "communication_data_type is 'fp16'; tbf trains in FP32"),
+        ({**BASE, "data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype is 'bf16'; tbf trains in FP32"),
     ],
 )
 def test_wrong_configs_are_one_line_errors(resolve, content, words):
@@ -121,11 +140,26 @@ def test_checkpointing_is_off_without_its_block(resolve):
 def test_the_keys_we_know_are_deepspeeds():
     """Fails when a DeepSpeed release drops or adds a key of ZeRO."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
     fields = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
     fields -= {"stage3_gather_fp16_weights_on_model_save"}  # an old name of another key
     assert fields == ds_keys.ZERO | ds_keys.ZERO_BELOW_3 | ds_keys.ZERO_3 | set(ds_keys.ZERO_REFUSED)
+    assert set(get_aio_config({})) == ds_keys.AIO
+    assert set(DeepSpeedZeroOffloadParamConfig.model_fields) == ds_keys.OFFLOAD["offload_param"]
+    ours = ds_keys.OFFLOAD["offload_optimizer"] | set(ds_keys.OFFLOAD_REFUSED)
+    assert set(DeepSpeedZeroOffloadOptimizerConfig.model_fields) == ours
+
+
+def test_every_kind_of_value_belongs_to_a_known_key():
+    inside = ds_keys.AIO | ds_keys.OPTIMIZER_PARAMS | {"cpu_checkpointing"} | set().union(*ds_keys.OFFLOAD.values())
+    known = inside | ds_keys.TOP | ds_keys.ZERO | ds_keys.ZERO_BELOW_3 | ds_keys.ZERO_3
+    assert ds_values.SWITCHES | set(ds_values.AT_LEAST) <= known
 
 
 def test_offload_with_torch_adam_needs_no_compiled_operator(resolve):
