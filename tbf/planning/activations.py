@@ -147,7 +147,8 @@ class _Course:
         before, self.complete = self.complete, self.complete + visit.gradients
         if self.complete > self.reduction.bucket:
             after, self.complete = self.complete, before
-            self.reach(beside + visit.handing_peak, where, self.reduction.moment)
+            collected = max(0, self.reduction.collected - before)  # of this visit
+            self.reach(beside + visit.handing_peak - collected, where, self.reduction.moment)
             self.complete = after
 
     def forward(self) -> None:

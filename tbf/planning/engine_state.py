@@ -118,6 +118,8 @@ class Reduction:
     """The most of the bucket that takes memory only as it fills."""
     moment: int = 0
     """While each reduction is under way."""
+    collected: int = 0
+    """Gradients that lie by then in a bucket of the engine's own, which is there from the start, and wait no longer."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,9 @@ def engine_items(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -
 def reduction(items: list[Item], engine: Engine) -> Reduction:
     """Of `engine_items`, what comes as gradients are handed over."""
     sizes = {item.name: item.bytes for item in items if item.when == "handed"}
-    return Reduction(
-        FLOAT * engine.reduce_bucket, sizes.get(_REDUCTION_BUCKET, 0), sizes.get(_NORM, 0) + sizes.get(_SCATTERED, 0)
-    )
+    scattered = sizes.get(_SCATTERED, 0)
+    moment = sizes.get(_NORM, 0) + scattered
+    return Reduction(FLOAT * engine.reduce_bucket, sizes.get(_REDUCTION_BUCKET, 0), moment, scattered)
 
 
 def _zero12(model: ModelFacts, engine: Engine, ranks: int, on_cuda: bool) -> list[Item]:

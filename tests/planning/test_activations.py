@@ -8,6 +8,7 @@ from tbf.config import load_run_config
 from tbf.model.config import UltraConfig
 from tbf.planning import activations as module
 from tbf.planning.activations import activations, replay
+from tbf.planning.engine_state import Reduction
 from tbf.planning.trace import Trace
 from tbf.planning.visits import PieceTracer, Shape, trace_pieces
 from tests.planning.whole_model import PLAN, shape_of, trace_whole
@@ -57,6 +58,21 @@ def test_what_cpu_checkpointing_keeps_is_on_the_host():
     there = replay(run.model, pieces, "layer", loops=2, host_offload=True)
     assert here.host == 0
     assert there.host == here.kept - there.kept == 7 * 4 * 8 * 96 * 64
+
+
+def test_a_reduction_counts_once_what_lies_in_the_engines_own_bucket():
+    one_layer = ["model.num_loops=1", "model.num_layers=1", "model.layer_pattern=[retnet]"]
+    run = load_run_config("mini", [*FEW, *one_layer])
+    pieces = trace_pieces(run.model, shape_of(run), PLAN, checkpointed=True, on_cuda=False)
+
+    def peak(**reduction):
+        return replay(run.model, pieces, "layer", loops=1, reduction=Reduction(bucket=1000, **reduction))
+
+    large = 10**8  # what a reduction takes decides over the peak
+    alone, with_bucket = peak(moment=large), peak(moment=large, collected=4000)
+    assert alone.peak_at.endswith("reducing") and alone.handed == large
+    assert peak().peak < alone.peak and peak(fills=500, moment=large).handed == large  # nothing is complete before it
+    assert with_bucket.peak == alone.peak - 4000
 
 
 def test_a_torch_that_cannot_trace_gets_an_estimate_of_the_same_order(monkeypatch, caplog):
