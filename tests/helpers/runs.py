@@ -53,8 +53,9 @@ def write_preset(folder: Path, **train: object) -> Path:
     path = folder / "tiny.yaml"
     data = {**TINY["data"], "cache_dir": str(folder / "data")}
     preset = {**TINY, "data": data, "train": {**TINY["train"], **train}}
-    path.write_text(yaml.safe_dump(preset), encoding="utf-8")
-    return path
+    fresh = folder / f".tiny-{os.getpid()}.yaml"  # several ranks may write and read it at once
+    fresh.write_text(yaml.safe_dump(preset), encoding="utf-8")
+    return fresh.replace(path)
 
 
 def environment(**extra: str) -> dict[str, str]:
