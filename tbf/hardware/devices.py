@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tbf.errors import ConfigError
+from tbf.errors import ConfigError, nearest
 
 GB, GIB, TERA = 1e9, 1 << 30, 1e12
 
@@ -77,7 +77,7 @@ def find_device(key: str) -> Device:
         if wanted in (device.key, _plain(device.name)) or (wanted.endswith(device.key) and device is not CPU):
             return device
     names = [*DEVICES, "cpu", "auto"]
-    raise ConfigError(f"--gpu {key}: the planner knows no such card; choose {', '.join(names)}")
+    raise ConfigError(f"--gpu {key}: the planner knows no such card; {nearest(wanted, names)}")
 
 
 def recognise(driver_name: str, memory: float) -> Device | None:

@@ -41,8 +41,9 @@ def check_values(raw: Mapping[str, Any], where: str) -> None:
         if not isinstance(value, Mapping) and not (value is None and path in _MAY_BE_NULL):
             raise ConfigError(f"{where}: {path} is {value!r}; give an object: " + '{"key": value}')
     for path in _FP32_ONLY:
-        if _at(raw, path) not in ({}, None, "fp32"):
-            raise ConfigError(f"{where}: {path} is {_at(raw, path)!r}; tbf trains in FP32: remove it")
+        value = _at(raw, path)
+        if value not in ({}, None, "fp32"):
+            raise ConfigError(f"{where}: {path} is {value!r}; tbf trains in FP32: remove it")
     _check_kinds(raw, "", where)
 
 

@@ -19,7 +19,7 @@ def test_cards_are_found_by_key_and_by_name(asked):
 
 
 def test_an_unknown_card_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match="choose p40, p100, v100"):
+    with pytest.raises(ConfigError, match="did you mean 'p100'"):
         find_device("p1000x")
 
 
